@@ -1,0 +1,11 @@
+"""Exact metrics from in-memory counts: panoptic quality, semantic IoU, instance average precision.
+
+Each is fed one image at a time with ``update``, joined across processes with ``merge`` and read with
+``compute``, which gives plain floats in percent.
+"""
+
+from mask2former.evaluation.average_precision import InstanceAP
+from mask2former.evaluation.panoptic_quality import PanopticQuality
+from mask2former.evaluation.semantic_iou import SemanticIoU
+
+__all__ = ["InstanceAP", "PanopticQuality", "SemanticIoU"]
