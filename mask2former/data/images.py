@@ -1,0 +1,124 @@
+"""Image files to arrays."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+ImageFormat = Literal["RGB", "BGR"]
+T = TypeVar("T")
+
+_TRANSPOSE_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's readers raise for damaged files, apart from FileNotFoundError, which says enough.
+_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def read_image(path: str | Path, format: ImageFormat = "RGB") -> NDArray[np.uint8]:
+    """Reads a photo of any mode, turned upright as its EXIF data says.
+
+    Grey becomes three equal channels, transparency is dropped, 16 bits are scaled to 8.
+
+    Args:
+        path: the file.
+        format: order of the channels.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, is damaged, or has pixels that are no 8 or 16-bit numbers.
+    """
+    if format not in ("RGB", "BGR"):
+        raise ValueError(f"format must be 'RGB' or 'BGR', got {format!r}")
+    pixels = _read(path, _rgb_pixels)
+    return pixels if format == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
+
+
+def read_label_map(path: str | Path) -> NDArray[Any]:
+    """Reads a map of whole numbers: 8 or 16 bits, or palette (whose indices are taken).
+
+    Returns:
+        (H, W) integers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, is damaged, or has several channels.
+    """
+    return _read(path, _label_pixels)
+
+
+def read_panoptic_colors(path: str | Path) -> NDArray[np.uint8]:
+    """Reads a COCO panoptic PNG: (H, W, 3) uint8, also where the file is stored with a palette or grey.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, is damaged, or has more than 8 bits a channel.
+    """
+    return _read(path, _color_pixels)
+
+
+def _read(path: str | Path, convert: Callable[[Image.Image], T]) -> T:
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except FileNotFoundError:
+        raise
+    except _READ_ERRORS as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    transpose = _TRANSPOSE_BY_ORIENTATION.get(_orientation(image))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns when it goes to RGB at once
+    image = image.convert("RGB")
+    if transpose is not None:
+        image = image.transpose(transpose)
+    return np.array(image)
+
+
+def _label_pixels(image: Image.Image) -> NDArray[Any]:
+    labels = np.array(image)
+    if labels.ndim != 2 or labels.dtype.kind not in "biu":
+        raise ValueError(f"a label map must have one channel of whole numbers, got mode {image.mode}")
+    return labels.astype(np.uint8) if labels.dtype == np.bool_ else labels
+
+
+def _color_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"a panoptic image must have 8 bits a channel, got mode {image.mode}")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image (which Pillow may hold in 32 bits) scaled to 8."""
+    values = np.asarray(image)
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels of mode {image.mode} must be whole numbers in 0..65535")
+    scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) if there is none or the EXIF data are damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return 1
