@@ -1,0 +1,247 @@
+"""The training loss: matching, class loss and mask losses with deep supervision (paper section 3.3)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mask2former.modeling.losses import dice, sigmoid_cross_entropy
+from mask2former.modeling.matcher import HungarianMatcher
+from mask2former.modeling.point_sampling import sample_logits, sample_masks, sample_uncertain_points
+from mask2former.modeling.structures import MaskPrediction, MaskTarget
+
+
+class _Pairs(NamedTuple):
+    """Matched pairs of all layers and images, sorted by image; each field is (T,) int64 on the CPU.
+
+    They stay there, where the matcher made them, so that sizes derived from them cost no synchronisation.
+    """
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+class SetCriterion(nn.Module):
+    """Losses of a set of predictions against a set of targets.
+
+    All layers and images go through the same few operations; targets stay bool, are never padded and are only
+    read at the sampled points.
+    """
+
+    empty_weight: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        no_object_weight: float = 0.1,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        deep_supervision: bool = True,
+    ) -> None:
+        """Set up.
+
+        Args:
+            num_classes: K, without "no object".
+            no_object_weight: weight of "no object" in the class loss.
+            class_weight, mask_weight, dice_weight: weights in the sum of losses and in the matching cost.
+            num_points: points a mask, for matching and for the losses.
+            oversample_ratio, importance_sample_ratio: see `sample_uncertain_points`.
+            deep_supervision: supervise every prediction, not only the last.
+
+        Raises:
+            ValueError: if a number is out of its range.
+        """
+        super().__init__()
+        if num_points < 1:
+            raise ValueError(f"num_points must be at least 1, got {num_points}")
+        if oversample_ratio < 1:
+            raise ValueError(f"oversample_ratio must be at least 1, got {oversample_ratio}")
+        if not 0 <= importance_sample_ratio <= 1:
+            raise ValueError(f"importance_sample_ratio must be in [0, 1], got {importance_sample_ratio}")
+        self.num_classes = num_classes
+        self.weights = {"loss_ce": class_weight, "loss_mask": mask_weight, "loss_dice": dice_weight}
+        self.num_points = num_points
+        self.oversample_ratio = oversample_ratio
+        self.importance_sample_ratio = importance_sample_ratio
+        self.deep_supervision = deep_supervision
+        self.matcher = HungarianMatcher(
+            class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight
+        )
+        empty_weight = torch.ones(num_classes + 1)
+        empty_weight[-1] = no_object_weight
+        self.register_buffer("empty_weight", empty_weight)
+
+    def forward(
+        self,
+        predictions: Sequence[MaskPrediction],
+        targets: Sequence[MaskTarget],
+        canvas: tuple[int, int],
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the losses, not weighted.
+
+        Args:
+            predictions: of each layer, the last one final.
+            targets: of each image of the batch.
+            canvas: (height, width) that images were padded to, and that the mask logits cover.
+            generator: source of the random points, on the device of the predictions.
+
+        Returns:
+            "loss_ce", "loss_mask" and "loss_dice" of the last prediction, and of prediction i before it with
+            the suffix ``_i``. Scalars.
+
+        Raises:
+            ValueError: if targets and batch do not fit, or a label is out of range.
+        """
+        if not self.deep_supervision:
+            predictions = predictions[-1:]
+        self._check(predictions, targets, canvas)
+        class_logits = torch.stack([p.class_logits.float() for p in predictions])  # (layers, B, Q, K+1)
+        pairs = self._match(predictions, class_logits, targets, canvas, generator)
+        class_loss = self._class_loss(class_logits, targets, pairs)
+        mask_loss, dice_loss = self._mask_losses(predictions, targets, canvas, pairs, generator)
+        losses = {}
+        for layer in range(len(predictions)):
+            suffix = "" if layer == len(predictions) - 1 else f"_{layer}"
+            losses["loss_ce" + suffix] = class_loss[layer]
+            losses["loss_mask" + suffix] = mask_loss[layer]
+            losses["loss_dice" + suffix] = dice_loss[layer]
+        return losses
+
+    def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each loss times its weight; the sum is what is minimised."""
+        return {name: self.weights["_".join(name.split("_")[:2])] * loss for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def _match(
+        self,
+        predictions: Sequence[MaskPrediction],
+        class_logits: Tensor,
+        targets: Sequence[MaskTarget],
+        canvas: tuple[int, int],
+        generator: torch.Generator | None,
+    ) -> _Pairs:
+        B, device = class_logits.shape[1], class_logits.device
+        points = torch.rand(B, self.num_points, 2, device=device, generator=generator)
+        logits = torch.stack([sample_logits(p.mask_logits, points) for p in predictions])  # (layers, B, Q, P)
+        labels = [t.labels for t in targets]
+        masks = [sample_masks(t.masks, points[b], canvas) for b, t in enumerate(targets)]  # (N_b, P)
+        matched = self.matcher.match(class_logits, logits, labels, masks)
+        columns = [
+            torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query, target])
+            for image in range(B)
+            for layer, (query, target) in ((i, matched[i][image]) for i in range(len(matched)))
+        ]
+        return _Pairs(*torch.cat(columns, dim=1).unbind(0))
+
+    def _class_loss(self, class_logits: Tensor, targets: Sequence[MaskTarget], pairs: _Pairs) -> Tensor:
+        """(layers,): weighted cross-entropy over all queries, divided by the sum of the weights."""
+        layers, B, Q = class_logits.shape[:3]
+        first = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
+        all_labels = torch.cat([t.labels for t in targets])
+        device = class_logits.device
+        wanted = torch.full((layers * B * Q,), self.num_classes, dtype=torch.int64, device=device)
+        place = (pairs.layer * B + pairs.image) * Q + pairs.query
+        wanted[place.to(device)] = all_labels[(first[pairs.image] + pairs.target).to(device)]
+        loss = F.cross_entropy(class_logits.flatten(0, 2), wanted, self.empty_weight, reduction="none")
+        weight = self.empty_weight[wanted]
+        return loss.view(layers, -1).sum(1) / weight.view(layers, -1).sum(1)
+
+    def _mask_losses(
+        self,
+        predictions: Sequence[MaskPrediction],
+        targets: Sequence[MaskTarget],
+        canvas: tuple[int, int],
+        pairs: _Pairs,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """((layers,), (layers,)): sums over the matched pairs, divided by the number of targets."""
+        mask_logits = _gather_pairs(predictions, pairs)  # (T, H/4, W/4)
+        with torch.no_grad():
+            points = sample_uncertain_points(
+                mask_logits,
+                num_points=self.num_points,
+                oversample_ratio=self.oversample_ratio,
+                importance_sample_ratio=self.importance_sample_ratio,
+                generator=generator,
+            )
+            counts = torch.bincount(pairs.image, minlength=len(targets)).tolist()
+            target = pairs.target.to(points.device)
+            wanted = torch.cat(
+                [
+                    sample_masks(t.masks, p, canvas, index)
+                    for t, p, index in zip(targets, points.split(counts), target.split(counts), strict=True)
+                ]
+            )  # (T, P)
+        logits = sample_logits(mask_logits.unsqueeze(1), points).squeeze(1)  # (T, P)
+        num_masks = _average_over_ranks(sum(len(t.labels) for t in targets), logits.device)
+        zeros, layer = logits.new_zeros(len(predictions)), pairs.layer.to(logits.device)
+        return (
+            zeros.index_add(0, layer, sigmoid_cross_entropy(logits, wanted)) / num_masks,
+            zeros.index_add(0, layer, dice(logits, wanted)) / num_masks,
+        )
+
+    def _check(
+        self, predictions: Sequence[MaskPrediction], targets: Sequence[MaskTarget], canvas: tuple[int, int]
+    ) -> None:
+        B = len(predictions[-1].class_logits)
+        if len(targets) != B:
+            raise ValueError(f"targets must hold one entry for each of the {B} images, got {len(targets)}")
+        for image, (labels, masks) in enumerate(targets):
+            if labels.dtype != torch.int64:
+                raise ValueError(f"targets[{image}].labels must be int64, got {labels.dtype}")
+            if masks.dtype not in (torch.bool, torch.uint8):
+                raise ValueError(f"targets[{image}].masks must be bool or uint8, got {masks.dtype}")
+            if masks.dim() != 3 or len(masks) != len(labels):
+                raise ValueError(
+                    f"targets[{image}].masks must have shape (N, H, W) with N = {len(labels)} labels, got "
+                    f"{tuple(masks.shape)}"
+                )
+            if masks.shape[1] > canvas[0] or masks.shape[2] > canvas[1]:
+                raise ValueError(
+                    f"targets[{image}].masks must fit into the canvas {canvas}, got {tuple(masks.shape)}"
+                )
+            # on a GPU the check would wait for it; there the mapper has checked
+            if labels.device.type == "cpu" and not all(0 <= x < self.num_classes for x in labels.tolist()):
+                raise ValueError(
+                    f"targets[{image}].labels must be in [0, {self.num_classes}), got {labels.tolist()}"
+                )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        # The weight stands in checkpoints under its published name, but it is a setting: the config wins. A
+        # checkpoint for another number of classes is left as it is, for the shape to be reported.
+        saved = state_dict.get(prefix + "empty_weight")
+        if saved is not None and saved.shape == self.empty_weight.shape:
+            state_dict[prefix + "empty_weight"] = self.empty_weight.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _gather_pairs(predictions: Sequence[MaskPrediction], pairs: _Pairs) -> Tensor:
+    """(T, H/4, W/4): mask logits of the matched queries, in the order of ``pairs``, without a dense stack."""
+    device = predictions[-1].mask_logits.device
+    parts, places = [], []
+    for layer, prediction in enumerate(predictions):
+        place = (pairs.layer == layer).nonzero().squeeze(1)
+        image, query = pairs.image[place].to(device), pairs.query[place].to(device)
+        parts.append(prediction.mask_logits[image, query])
+        places.append(place)
+    return torch.cat(parts)[torch.cat(places).argsort().to(device)]
+
+
+def _average_over_ranks(count: int, device: torch.device) -> Tensor:
+    """max(mean of ``count`` over all processes, 1), without a copy to the host."""
+    total = torch.full((), float(count), device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return total.clamp(min=1)

@@ -1,0 +1,150 @@
+"""Small parts that several modules share."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution followed by an optional normalisation ``.norm`` and an optional activation.
+
+    The normalisation is a child of the convolution, so that state-dict names are ``conv.weight`` and
+    ``conv.norm.weight``, as in Detectron2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = False,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
+        if norm is not None:
+            self.norm = norm
+        self._has_norm = norm is not None
+        self._activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self._has_norm:
+            x = self.norm(x)
+        return x if self._activation is None else self._activation(x)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine parameters are constants (buffers)."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with PyTorch's parameter names (``in_proj_weight``, ``out_proj.weight``, …).
+
+    Differs from `torch.nn.MultiheadAttention` in that the mask says what is *blocked*, is shared by the heads
+    without being repeated, and attention weights are never materialised for the caller.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads = {num_heads}, got {dim}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_blocked: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, C).
+            key, value: (B, S, C).
+            attn_blocked: (B, Q, S) bool, True where a query must not look; no row may be all True.
+
+        Returns:
+            (B, Q, C).
+        """
+        weights = self.in_proj_weight.chunk(3)
+        biases = self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, length, C/M)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        mask = None if attn_blocked is None else ~attn_blocked.unsqueeze(1)  # (B, 1, Q, S), True = may look
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, M, Q, C/M)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def make_norm(name: str, channels: int) -> nn.Module | None:
+    """A normalisation of a 2-D map by its Detectron2 name.
+
+    Args:
+        name: "FrozenBN", "BN", "SyncBN", "GN" (32 groups) or "" for none.
+        channels: channels of the map.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    makers: dict[str, Callable[[int], nn.Module | None]] = {
+        "": lambda _: None,
+        "FrozenBN": FrozenBatchNorm2d,
+        "BN": nn.BatchNorm2d,
+        "SyncBN": nn.SyncBatchNorm,
+        "GN": lambda c: nn.GroupNorm(32, c),
+    }
+    if name not in makers:
+        raise ValueError(f"name must be one of {sorted(makers)}, got {name!r}")
+    return makers[name](channels)
+
+
+def fill_conv_xavier(conv: nn.Conv2d) -> None:
+    """Uniform weights of variance 1 / fan_in and zero bias: the published initialisation of convolutions."""
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)

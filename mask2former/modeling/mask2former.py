@@ -1,0 +1,145 @@
+"""Mask2Former: backbone, pixel decoder and transformer decoder (paper section 3)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mask2former.modeling.criterion import SetCriterion
+from mask2former.modeling.structures import MaskPrediction, MaskTarget
+
+
+class SegmentationHead(nn.Module):
+    """The two decoders together, under their published names ``pixel_decoder`` and ``predictor``."""
+
+    def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module) -> None:
+        """Set up.
+
+        Args:
+            pixel_decoder: backbone maps by name -> `PixelFeatures`.
+            predictor: transformer decoder, ``(PixelFeatures, all_layers)`` -> list of `MaskPrediction`.
+        """
+        super().__init__()
+        self.pixel_decoder = pixel_decoder
+        self.predictor = predictor
+
+    def forward(self, features: dict[str, Tensor], all_layers: bool | None = None) -> list[MaskPrediction]:
+        """Backbone maps to predictions; ``all_layers`` as in the predictor."""
+        return self.predictor(self.pixel_decoder(features), all_layers)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        # The first releases kept the pixel decoder directly in the head. Only names can tell: version numbers
+        # get lost when a state dict is filtered or saved anew, and renaming current names would leave the
+        # pixel decoder silently random.
+        names = [n for n in state_dict if n.startswith(prefix)]
+        decoder = prefix + "pixel_decoder."
+        if not any(n.startswith(decoder) for n in names):
+            for name in names:
+                if not name.startswith(prefix + "predictor."):
+                    state_dict[decoder + name[len(prefix) :]] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Mask2Former(nn.Module):
+    """The whole model, from raw images to losses or mask predictions."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        sem_seg_head: nn.Module,
+        criterion: SetCriterion,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        size_divisibility: int = 32,
+    ) -> None:
+        """Set up from built parts.
+
+        Args:
+            backbone: batch (B, 3, H, W) -> maps by name.
+            sem_seg_head: maps by name -> list of `MaskPrediction`.
+            criterion: the training loss.
+            pixel_mean, pixel_std: normalisation, in the channel order of the images and in 0..255.
+            size_divisibility: batches are padded to a multiple of it.
+
+        Raises:
+            ValueError: if ``size_divisibility`` is below 1.
+        """
+        super().__init__()
+        if size_divisibility < 1:
+            raise ValueError(f"size_divisibility must be at least 1, got {size_divisibility}")
+        self.backbone = backbone
+        self.sem_seg_head = sem_seg_head
+        self.criterion = criterion
+        self.size_divisibility = size_divisibility
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    def batch_images(self, images: Sequence[Tensor]) -> Tensor:
+        """Normalise images and pad them, bottom and right with zeros, to one size.
+
+        Args:
+            images: (3, H_i, W_i) in 0..255, any dtype and device.
+
+        Returns:
+            (B, 3, H, W) float32 on the model's device, H and W multiples of ``size_divisibility``.
+
+        Raises:
+            ValueError: if there is no image, or one has another shape.
+        """
+        if not images:
+            raise ValueError("images must hold at least one image, got none")
+        for index, image in enumerate(images):
+            if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+                raise ValueError(f"images[{index}] must have shape (3, H, W), got {tuple(image.shape)}")
+        step = self.size_divisibility
+        height = -(-max(i.shape[1] for i in images) // step) * step
+        width = -(-max(i.shape[2] for i in images) // step) * step
+        batch = self.pixel_mean.new_zeros(len(images), 3, height, width)
+        for place, image in zip(batch, images, strict=True):
+            raw = image.to(self.device, non_blocking=True)
+            place[:, : image.shape[1], : image.shape[2]] = (raw - self.pixel_mean) / self.pixel_std
+        return batch
+
+    def forward(self, batch: Tensor, all_layers: bool | None = None) -> list[MaskPrediction]:
+        """The same as `predict`."""
+        return self.predict(batch, all_layers)
+
+    def predict(self, batch: Tensor, all_layers: bool | None = None) -> list[MaskPrediction]:
+        """Predict from a padded, normalised batch.
+
+        Args:
+            batch: (B, 3, H, W), see `batch_images`.
+            all_layers: predictions of all decoder layers; None: as the model is training or not.
+
+        Returns:
+            Predictions, the last one final. Padding is not masked, as published.
+        """
+        return self.sem_seg_head(self.backbone(batch), all_layers)
+
+    def losses(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[MaskTarget],
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted training losses of a batch; their sum is what is minimised.
+
+        Args:
+            images: (3, H_i, W_i) in 0..255.
+            targets: of each image; masks cover the image or, if smaller, its upper left part.
+            generator: source of the random points.
+        """
+        batch = self.batch_images(images)
+        targets = [MaskTarget(t.labels.to(self.device), t.masks.to(self.device)) for t in targets]
+        predictions = self.predict(batch, all_layers=True)
+        canvas = (batch.shape[2], batch.shape[3])
+        return self.criterion.weighted(self.criterion(predictions, targets, canvas, generator))

@@ -1,0 +1,138 @@
+"""Optimal assignment of targets to queries (paper section 3.3)."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mask2former.modeling.losses import pairwise_class_cost, pairwise_dice, pairwise_sigmoid_cross_entropy
+
+_REPLACEMENT = 1e6  # larger than any real cost, small enough to add up without overflow
+
+
+class HungarianMatcher:
+    """Matches every prediction layer of every image from one batched cost and one copy to the CPU.
+
+    Costs that are not finite are replaced by a large number and counted; training goes on, because one bad
+    half-precision step must not end a run. If they persist the matcher raises.
+
+    Attributes:
+        num_calls: how often it matched, in training the iteration.
+        num_nonfinite: cost entries replaced so far.
+    """
+
+    def __init__(
+        self, *, class_weight: float, mask_weight: float, dice_weight: float, max_nonfinite_calls: int = 10
+    ) -> None:
+        """Set up.
+
+        Args:
+            class_weight, mask_weight, dice_weight: weights of the three costs.
+            max_nonfinite_calls: raise after so many calls in a row with a non-finite cost.
+
+        Raises:
+            ValueError: if all weights are 0.
+        """
+        if class_weight == mask_weight == dice_weight == 0:
+            raise ValueError("class_weight, mask_weight and dice_weight must not all be 0")
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+        self.max_nonfinite_calls = max_nonfinite_calls
+        self.num_calls = 0
+        self.num_nonfinite = 0
+        self._nonfinite_calls_in_a_row = 0
+        self._warned_too_many = False
+
+    @torch.no_grad()
+    def cost(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
+        """Weighted cost of every query with every target of its image, in float32.
+
+        Args:
+            class_logits: (..., B, Q, K + 1).
+            mask_logits: (..., B, Q, P), at the points of each image.
+            labels: (B, N) int64.
+            masks: (B, N, P) in [0, 1], at the same points.
+
+        Returns:
+            (..., B, Q, N).
+        """
+        with torch.autocast(class_logits.device.type, enabled=False):
+            logits, targets = mask_logits.float(), masks.float()
+            return (
+                self.class_weight * pairwise_class_cost(class_logits.float(), labels)
+                + self.mask_weight * pairwise_sigmoid_cross_entropy(logits, targets)
+                + self.dice_weight * pairwise_dice(logits, targets)
+            )
+
+    @torch.no_grad()
+    def match(
+        self, class_logits: Tensor, mask_logits: Tensor, labels: Sequence[Tensor], masks: Sequence[Tensor]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Match all layers of all images.
+
+        Args:
+            class_logits: (layers, B, Q, K + 1).
+            mask_logits: (layers, B, Q, P), at the points of each image.
+            labels: (N_b,) int64 of each image.
+            masks: (N_b, P) of each image, at the same points.
+
+        Returns:
+            For each layer and image (query indices, target indices), int64 on the CPU, min(Q, N_b) each, in
+            the order of the queries.
+
+        Raises:
+            FloatingPointError: if costs were not finite in ``max_nonfinite_calls`` calls in a row; names
+                image and layer of the first one, and the iteration.
+        """
+        self.num_calls += 1
+        counts = [len(x) for x in labels]
+        num_layers, num_images, num_queries = class_logits.shape[:3]
+        widest = max(counts, default=0)
+        if widest > num_queries and not self._warned_too_many:
+            self._warned_too_many = True
+            warnings.warn(
+                f"an image has {widest} targets but the model only {num_queries} queries: the surplus "
+                "targets are not learned from; raise MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
+                stacklevel=2,
+            )
+        if widest == 0:
+            empty = torch.zeros(0, dtype=torch.int64)
+            return [[(empty, empty)] * num_images for _ in range(num_layers)]
+        # padded to the widest image, so that one product serves all; the surplus columns are cut off below
+        padded_labels = pad_sequence(list(labels), batch_first=True)  # (B, widest)
+        padded_masks = pad_sequence(list(masks), batch_first=True)  # (B, widest, P)
+        costs = self.cost(class_logits, mask_logits, padded_labels, padded_masks).cpu().numpy()
+        costs = self._make_finite(costs, counts)
+        return [
+            [_assign(costs[layer, image, :, :count]) for image, count in enumerate(counts)]
+            for layer in range(num_layers)
+        ]
+
+    def _make_finite(self, costs: np.ndarray, counts: list[int]) -> np.ndarray:
+        real = np.arange(costs.shape[-1])[None, None, None, :] < np.array(counts)[None, :, None, None]
+        bad = ~np.isfinite(costs) & real
+        if not bad.any():
+            self._nonfinite_calls_in_a_row = 0
+            return costs
+        self.num_nonfinite += int(bad.sum())
+        self._nonfinite_calls_in_a_row += 1
+        layer, image = (int(i[0]) for i in np.nonzero(bad)[:2])
+        where = f"image {image} of the batch, decoder layer {layer}, matcher call {self.num_calls}"
+        if self._nonfinite_calls_in_a_row >= self.max_nonfinite_calls:
+            raise FloatingPointError(
+                f"matching costs were not finite in {self._nonfinite_calls_in_a_row} iterations in a row, "
+                f"last in {where}: the model gives NaN or Inf; lower SOLVER.BASE_LR, or train in bfloat16 or "
+                "float32"
+            )
+        warnings.warn(
+            f"{int(bad.sum())} matching costs are not finite and were replaced: {where}", stacklevel=3
+        )
+        return np.where(np.isfinite(costs), costs, _REPLACEMENT)
+
+
+def _assign(cost: np.ndarray) -> tuple[Tensor, Tensor]:
+    queries, targets = linear_sum_assignment(cost)
+    return torch.as_tensor(queries, dtype=torch.int64), torch.as_tensor(targets, dtype=torch.int64)

@@ -1,0 +1,277 @@
+"""The multi-scale deformable attention pixel decoder (paper section 3.2.2 and 4.1)."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mask2former.modeling.layers import ConvNorm, fill_conv_xavier, make_norm
+from mask2former.modeling.position_encoding import sine_position_encoding
+from mask2former.modeling.structures import PixelFeatures
+from mask2former.ops import ms_deform_attn
+
+_NUM_OUTPUT_LEVELS = 3
+
+
+class DeformablePixelDecoder(nn.Module):
+    """Deformable attention over the low-resolution maps, then an FPN up to the mask features."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: Mapping[str, int],
+        in_strides: Mapping[str, int],
+        transformer_in_features: Sequence[str] = ("res3", "res4", "res5"),
+        conv_dim: int = 256,
+        mask_dim: int = 256,
+        norm: str = "GN",
+        num_layers: int = 6,
+        num_heads: int = 8,
+        num_points: int = 4,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.0,
+        common_stride: int = 4,
+    ) -> None:
+        """Build with random weights.
+
+        Args:
+            in_channels, in_strides: channels and stride of each input map, by name.
+            transformer_in_features: the maps that deformable attention works on; the others feed the FPN.
+            conv_dim: channels inside and of the three output levels.
+            mask_dim: channels of the mask features.
+            norm: normalisation of the FPN's convolutions.
+            num_layers, num_heads, num_points, dim_feedforward, dropout: of the deformable encoder.
+            common_stride: stride of the mask features.
+
+        Raises:
+            ValueError: if a feature is unknown, or the strides leave fewer than three output levels.
+        """
+        super().__init__()
+        unknown = set(transformer_in_features) - set(in_channels)
+        if unknown:
+            raise ValueError(
+                f"transformer_in_features must be among {sorted(in_channels)}, got {sorted(unknown)}"
+            )
+        by_stride = sorted(in_channels, key=lambda name: in_strides[name])
+        # lowest resolution first, as in every list of levels
+        self._encoder_inputs = [n for n in reversed(by_stride) if n in transformer_in_features]
+        finest = min(in_strides[n] for n in self._encoder_inputs)
+        self._fpn_inputs = [n for n in by_stride if common_stride <= in_strides[n] < finest]
+        if len(self._encoder_inputs) + len(self._fpn_inputs) < _NUM_OUTPUT_LEVELS:
+            raise ValueError(
+                f"in_strides must leave at least {_NUM_OUTPUT_LEVELS} levels for the transformer decoder, "
+                f"got {dict(in_strides)}"
+            )
+        if not self._fpn_inputs or in_strides[self._fpn_inputs[0]] != common_stride:
+            raise ValueError(
+                f"in_strides must hold common_stride = {common_stride} below the transformer's inputs, got "
+                f"{dict(in_strides)}"
+            )
+        self.input_proj = nn.ModuleList(
+            _input_projection(in_channels[name], conv_dim) for name in self._encoder_inputs
+        )
+        self.transformer = _DeformableTransformer(
+            dim=conv_dim,
+            num_levels=len(self._encoder_inputs),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_points=num_points,
+            dim_feedforward=dim_feedforward,
+            dropout=dropout,
+        )
+        self.mask_features = nn.Conv2d(conv_dim, mask_dim, 1)
+        fill_conv_xavier(self.mask_features)
+        for number, name in enumerate(self._fpn_inputs, start=1):
+            lateral = ConvNorm(
+                in_channels[name], conv_dim, 1, bias=norm == "", norm=make_norm(norm, conv_dim)
+            )
+            output = ConvNorm(
+                conv_dim,
+                conv_dim,
+                3,
+                padding=1,
+                bias=norm == "",
+                norm=make_norm(norm, conv_dim),
+                activation=F.relu,
+            )
+            fill_conv_xavier(lateral)
+            fill_conv_xavier(output)
+            self.add_module(f"adapter_{number}", lateral)
+            self.add_module(f"layer_{number}", output)
+
+    def forward(self, features: Mapping[str, Tensor]) -> PixelFeatures:
+        """Decode.
+
+        Runs in float32 under autocast, as published.
+
+        Args:
+            features: maps (B, C, h, w) by name.
+
+        Returns:
+            Mask features at ``common_stride`` and the three coarsest levels, lowest resolution first.
+        """
+        device_type = next(iter(features.values())).device.type
+        with torch.autocast(device_type, enabled=False):
+            maps = [
+                project(features[name].float())
+                for name, project in zip(self._encoder_inputs, self.input_proj, strict=True)
+            ]
+            levels = self.transformer(maps)
+            finest = levels[-1]
+            for number, name in reversed(list(enumerate(self._fpn_inputs, start=1))):
+                lateral = getattr(self, f"adapter_{number}")(features[name].float())
+                upsampled = F.interpolate(finest, lateral.shape[-2:], mode="bilinear", align_corners=False)
+                finest = getattr(self, f"layer_{number}")(lateral + upsampled)
+                levels.append(finest)
+            return PixelFeatures(self.mask_features(finest), levels[:_NUM_OUTPUT_LEVELS])
+
+
+class _DeformableTransformer(nn.Module):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_levels: int,
+        num_layers: int,
+        num_heads: int,
+        num_points: int,
+        dim_feedforward: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(num_levels, dim))
+        self.encoder = _Encoder(
+            _EncoderLayer(dim, num_levels, num_heads, num_points, dim_feedforward, dropout)
+            for _ in range(num_layers)
+        )
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Maps (B, C, h, w), lowest resolution first, to maps of the same shapes."""
+        shapes = [(m.shape[2], m.shape[3]) for m in maps]
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # (B, S, C)
+        C, device = tokens.shape[-1], tokens.device
+        position = torch.cat(
+            [
+                sine_position_encoding(h, w, C, device=device).flatten(1).t() + embed
+                for (h, w), embed in zip(shapes, self.level_embed, strict=True)
+            ]
+        )  # (S, C)
+        reference = torch.cat([_cell_centres(h, w, device) for h, w in shapes])  # (S, 2)
+        for layer in self.encoder.layers:
+            tokens = layer(tokens, position, reference, shapes)
+        split = tokens.split([h * w for h, w in shapes], dim=1)
+        return [
+            t.transpose(1, 2).unflatten(2, shape)  # (B, C, h, w)
+            for t, shape in zip(split, shapes, strict=True)
+        ]
+
+
+class _Encoder(nn.Module):
+    """Only gives the layers their published names."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class _EncoderLayer(nn.Module):
+    def __init__(
+        self, dim: int, num_levels: int, num_heads: int, num_points: int, dim_feedforward: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(
+            dim=dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
+        )
+        self.norm1 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        attended = self.self_attn(tokens + position, reference, tokens, shapes)
+        tokens = self.norm1(tokens + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(tokens)))
+        return self.norm2(tokens + self.dropout(self.linear2(hidden)))
+
+
+class MSDeformAttn(nn.Module):
+    """Projections around `mask2former.ops.ms_deform_attn`."""
+
+    def __init__(self, *, dim: int, num_levels: int, num_heads: int, num_points: int) -> None:
+        """Build; the offsets start as one direction a head, one to ``num_points`` pixels long.
+
+        Raises:
+            ValueError: if ``dim`` is no multiple of ``num_heads``.
+        """
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads = {num_heads}, got {dim}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(dim, samples * 2)
+        self.attention_weights = nn.Linear(dim, samples)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(_initial_offsets(num_heads, num_levels, num_points).flatten())
+
+    def forward(
+        self, query: Tensor, reference: Tensor, value: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, C).
+            reference: (Q, 2), (x, y) in [0, 1].
+            value: (B, S, C).
+            shapes: (h, w) of each level.
+
+        Returns:
+            (B, Q, C).
+        """
+        B, Q, _ = query.shape
+        M, L, P = self.num_heads, self.num_levels, self.num_points
+        values = self.value_proj(value).view(B, value.shape[1], M, -1)
+        offsets_px = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
+        size = torch.tensor([(w, h) for h, w in shapes], dtype=query.dtype, device=query.device)  # (L, 2)
+        locations = reference[:, None, None, None] + offsets_px / size[:, None]  # (B, Q, M, L, P, 2)
+        return self.output_proj(ms_deform_attn(values, shapes, locations, weights))
+
+
+def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.xavier_uniform_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(32, out_channels))
+
+
+def _initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
+    """(M, L, P, 2): head m looks in direction 2 pi m / M, point p at p + 1 pixels (in the maximum norm)."""
+    angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)  # (M, 2)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    length = torch.arange(1, num_points + 1, dtype=torch.float32)
+    offsets = direction[:, None, None] * length[:, None]  # (M, 1, P, 2)
+    return offsets.expand(-1, num_levels, -1, -1)
+
+
+def _cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width, 2): (x, y) in [0, 1] of each cell's centre, row by row."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
