@@ -241,7 +241,7 @@ PANOPTIC = "_panoptic_with_sem_seg"
         ("coco_mini_panoptic", f"mini_train{PANOPTIC}", f"mini_val{PANOPTIC}", "lsj", "sip", 600),
         ("coco_mini_instance", "mini_train", "mini_val", "lsj", "i", 600),
         ("coco_mini_semantic", "mini_train_sem_seg", "mini_val_sem_seg", "resize_crop_color", "s", 600),
-        ("coco_sample_panoptic", f"sample_train{PANOPTIC}", f"sample_val{PANOPTIC}", "lsj", "sip", 3000),
+        ("coco_sample_panoptic", f"sample_train{PANOPTIC}", f"sample_val{PANOPTIC}", "lsj", "sip", 2000),
     ],
 )
 def test_quick_schedule(name: str, train: str, test: str, recipe: str, tasks: str, max_iter: int) -> None:

@@ -1,0 +1,27 @@
+"""Mask2Former as a Detectron2 extension: importing this package registers its parts and its data sets."""
+
+from mask2former.d2.backbones import D2SwinTransformer
+from mask2former.d2.config import add_maskformer2_config, get_config
+from mask2former.d2.data import MaskFormerDatasetMapper, register_datasets
+from mask2former.d2.heads import MaskFormerHead, MSDeformAttnPixelDecoder, MultiScaleMaskedTransformerDecoder
+from mask2former.d2.meta_arch import MaskFormer
+
+from mask2former.d2.predictor import predictor_from_config
+from mask2former.d2.registry import TRANSFORMER_DECODER_REGISTRY
+from mask2former.d2.trainer import Trainer
+
+__all__ = [
+    "TRANSFORMER_DECODER_REGISTRY",
+    "D2SwinTransformer",
+    "MSDeformAttnPixelDecoder",
+    "MaskFormer",
+    "MaskFormerDatasetMapper",
+    "MaskFormerHead",
+    "MultiScaleMaskedTransformerDecoder",
+    "Trainer",
+    "add_maskformer2_config",
+    "get_config",
+    "predictor_from_config",
+]
+
+register_datasets()

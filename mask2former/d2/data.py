@@ -1,0 +1,209 @@
+"""The core's data sets in Detectron2's catalogs, and the core's mapper behind Detectron2's loaders."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data.common import DatasetFromList
+from detectron2.structures import BitMasks, Instances
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
+
+from mask2former import config
+from mask2former.data import (
+    CatalogEntry,
+    LargeScaleJitter,
+    MappedDataset,
+    ResizeCropColor,
+    ResizeShortestEdge,
+    SegmentationMapper,
+    TrainingBatchSampler,
+    catalog,
+    filter_empty,
+    read_image,
+)
+
+logger = logging.getLogger(__name__)
+
+_RECIPES = {"lsj": LargeScaleJitter, "resize_crop_color": ResizeCropColor}
+
+
+def register_datasets() -> None:
+    """Put every data set of the core's catalog that Detectron2 does not have into its catalogs.
+
+    A name that is taken, by Detectron2 or by another extension, is left as it is, metadata included.
+    """
+    for name in catalog.names():
+        if name not in DatasetCatalog:
+            _register(catalog.get(name))
+
+
+def _register(entry: CatalogEntry) -> None:
+    meta = entry.metadata
+    things = {c.id: i for i, c in enumerate(meta.categories) if c.is_thing}
+    fields = {
+        "thing_classes": [c.name for c in meta.categories if c.is_thing],
+        "thing_colors": [c.color for c in meta.categories if c.is_thing],
+        "thing_dataset_id_to_contiguous_id": things,
+        # all classes, stuff or not: the convention by which Detectron2's evaluators and drawing work
+        "stuff_classes": [c.name for c in meta.categories],
+        "stuff_colors": [c.color for c in meta.categories],
+        "stuff_dataset_id_to_contiguous_id": {c.id: i for i, c in enumerate(meta.categories)},
+        "json_file": _text(meta.instances_json),
+        "image_root": _text(meta.image_root),
+        "panoptic_json": _text(meta.panoptic_json),
+        "panoptic_root": _text(meta.panoptic_root),
+        "sem_seg_root": _text(meta.sem_seg_root),
+        "evaluator_type": meta.evaluator_type,
+        "ignore_label": meta.ignore_label,
+        "label_divisor": 1000,
+    }
+    DatasetCatalog.register(entry.name, entry.load)
+    MetadataCatalog.get(entry.name).set(**{k: v for k, v in fields.items() if v is not None})
+
+
+def _text(path: Any) -> str | None:
+    return None if path is None else str(path)
+
+
+def is_thing_of(metadata: Any, num_classes: int) -> list[bool]:
+    """Which of the model's classes are things, by contiguous id.
+
+    Raises:
+        ValueError: if the metadata do not say, or an id does not fit the number of classes.
+    """
+    things = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
+    if things is None:
+        raise ValueError(
+            f"the metadata of data set {metadata.name!r} must have thing_dataset_id_to_contiguous_id for panoptic "
+            "results, got none: register the data set, or set MODEL.MASK_FORMER.TEST.PANOPTIC_ON False"
+        )
+    ids = set(things.values())
+    if ids and max(ids) >= num_classes:
+        raise ValueError(
+            f"thing classes of data set {metadata.name!r} must be below MODEL.SEM_SEG_HEAD.NUM_CLASSES = "
+            f"{num_classes}, got {max(ids)}"
+        )
+    return [i in ids for i in range(num_classes)]
+
+
+class MaskFormerDatasetMapper:
+    """The core's mapper with Detectron2's result, for every published INPUT.DATASET_MAPPER_NAME.
+
+    May be passed to Detectron2's own loader too.
+    """
+
+    @configurable
+    def __init__(self, *, mapper: SegmentationMapper) -> None:
+        self.mapper = mapper
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        arguments = config.mapper_arguments(cfg)
+        augmentation = _RECIPES[arguments.pop("recipe")](**arguments.pop("augmentation"))
+        return {"mapper": SegmentationMapper(augmentation=augmentation, **arguments)}
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """Map a training record.
+
+        Args:
+            record: in Detectron2's standard form.
+            rng: source of the augmentation; None: seeded from numpy's global state, which Detectron2's
+                workers seed.
+
+        Returns:
+            The record with "image" (3, H, W) uint8 and "instances" with ``gt_classes`` and ``gt_masks``, without
+            its annotations.
+        """
+        if rng is None:
+            rng = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002
+        image, target = self.mapper(record, rng)
+        instances = Instances((image.shape[1], image.shape[2]))
+        instances.gt_classes = target.labels
+        instances.gt_masks = BitMasks(target.masks)
+        kept = {k: v for k, v in record.items() if k not in ("annotations", "segments_info")}
+        return kept | {"image": image, "instances": instances}
+
+
+class TestMapper:
+    """A test record with its resized image; whatever the evaluators need stays in it."""
+
+    __test__ = False  # the name is no test class
+
+    def __init__(self, cfg: Any) -> None:
+        self.image_format = config.input_arguments(cfg)["image_format"]
+        self.resize = ResizeShortestEdge(**config.test_resize_arguments(cfg))
+
+    def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        image = read_image(record["file_name"], self.image_format)
+        kept = {k: v for k, v in record.items() if k != "annotations"}
+        kept["height"], kept["width"] = image.shape[:2]
+        resized = np.ascontiguousarray(self.resize(image).transpose(2, 0, 1))  # (3, H, W)
+        return kept | {"image": torch.from_numpy(resized)}
+
+
+def build_train_loader(cfg: Any, start_batch: int = 0) -> DataLoader:
+    """Endless batches for this process, a function of cfg.SEED and the number of the batch alone.
+
+    Args:
+        cfg: config.
+        start_batch: the first batch; a resumed training passes its iteration.
+
+    Raises:
+        ValueError: if there is nothing to train on, or a key asks for what this loader cannot do.
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', got {cfg.DATALOADER.SAMPLER_TRAIN!r}"
+        )
+    world_size = comm.get_world_size()
+    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world_size)
+    if rest or batch_size < 1:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes {world_size}, got "
+            f"{cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and records and "annotations" in records[0]:
+        before, records = len(records), filter_empty(records)
+        logger.info("Removed %d images without annotations, %d left", before - len(records), len(records))
+    if not records:
+        raise ValueError(f"DATASETS.TRAIN must give at least one image, got none from {cfg.DATASETS.TRAIN}")
+    ratios = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING and all("width" in r and "height" in r for r in records):
+        ratios = [r["width"] / r["height"] for r in records]
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    sampler = TrainingBatchSampler(
+        num_records=len(records),
+        batch_size=batch_size,
+        seed=seed,
+        rank=comm.get_rank(),
+        world_size=world_size,
+        aspect_ratios=ratios,
+        start_batch=start_batch,
+    )
+    logger.info("Training on %d images in batches of %d a process", len(records), batch_size)
+    # Detectron2's list keeps the records serialised, so that workers share them
+    dataset = MappedDataset(DatasetFromList(records), MaskFormerDatasetMapper(cfg), seed)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_list,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+    )
+
+
+def build_test_loader(cfg: Any, dataset_name: str) -> DataLoader:
+    """One image at a time, in order; the images are shared among the processes."""
+    records = DatasetCatalog.get(dataset_name)
+    return build_detection_test_loader(records, mapper=TestMapper(cfg), num_workers=cfg.DATALOADER.NUM_WORKERS)
+
+
+def _as_list(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return samples

@@ -1,0 +1,59 @@
+"""A core `Predictor` from a Detectron2 config and its checkpoint."""
+
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
+
+from mask2former import config
+from mask2former.d2.data import is_thing_of
+from mask2former.d2.trainer import Trainer
+from mask2former.data import Category
+from mask2former.predictor import Predictor
+
+
+def predictor_from_config(cfg: Any) -> Predictor:
+    """Build the model, load MODEL.WEIGHTS and take category names and colours from the data set's metadata.
+
+    Raises:
+        ValueError: if MODEL.WEIGHTS is empty, or the metadata do not name as many classes as the model has.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS must name a checkpoint to predict with, got ''")
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    inference = config.inference_arguments(cfg)
+    return Predictor(
+        model.eval(),
+        categories=categories_of(MetadataCatalog.get(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES),
+        image_format=config.input_arguments(cfg)["image_format"],
+        device=cfg.MODEL.DEVICE,
+        object_mask_threshold=inference["object_mask_threshold"],
+        overlap_threshold=inference["overlap_threshold"],
+        top_k=inference["top_k"],
+        score_threshold=inference["score_threshold"],
+        **config.test_resize_arguments(cfg),
+    )
+
+
+def categories_of(metadata: Any, num_classes: int) -> tuple[Category, ...]:
+    """The categories that a data set's metadata describe, by contiguous id.
+
+    Raises:
+        ValueError: if they are not as many as the model has classes.
+    """
+    kind = "stuff" if len(getattr(metadata, "stuff_classes", ())) == num_classes else "thing"
+    names = list(getattr(metadata, f"{kind}_classes", ()))
+    if len(names) != num_classes:
+        raise ValueError(
+            f"data set {metadata.name!r} must name MODEL.SEM_SEG_HEAD.NUM_CLASSES = {num_classes} classes, got "
+            f"{len(names)}"
+        )
+    colors = getattr(metadata, f"{kind}_colors", [(128, 128, 128)] * num_classes)
+    ids = {v: k for k, v in getattr(metadata, f"{kind}_dataset_id_to_contiguous_id", {}).items()}
+    has_things = hasattr(metadata, "thing_dataset_id_to_contiguous_id")
+    is_thing = is_thing_of(metadata, num_classes) if has_things else [kind == "thing"] * num_classes
+    return tuple(
+        Category(id=ids.get(i, i), name=names[i], is_thing=is_thing[i], color=tuple(colors[i]))
+        for i in range(num_classes)
+    )

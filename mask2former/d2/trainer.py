@@ -1,0 +1,214 @@
+"""Detectron2's trainer with the core's optimizer, schedule, loader and evaluators."""
+
+import logging
+import resource
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from mask2former import config, solver
+from mask2former.d2.data import build_test_loader, build_train_loader
+from mask2former.d2.evaluation import build_evaluator
+from mask2former.modeling.mask2former import Mask2Former
+
+logger = logging.getLogger(__name__)
+
+_MAX_SKIPPED_STEPS = 10  # in a row, for a loss that is not finite
+
+
+class Trainer(DefaultTrainer):
+    """Trains and evaluates a `MaskFormer`.
+
+    With cfg.SEED >= 0 everything random in a step is a function of the seed and the iteration, so that a
+    resumed training goes on exactly as if it had not been interrupted.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        # not DefaultTrainer's own: it knows only its own steps, and distributes over GPUs only
+        super(DefaultTrainer, self).__init__()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        placement = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **placement)
+        self._trainer = MaskFormerStep(model, self.build_train_loader(cfg), optimizer, cfg)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: Any) -> nn.Module:
+        """The model.
+
+        Raises:
+            ValueError: if the config describes another kind of model, which this trainer would train wrongly.
+        """
+        kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+        if not (isinstance(kind, type) and issubclass(kind, Mask2Former)):
+            raise ValueError(
+                "MODEL.META_ARCHITECTURE must be a mask transformer such as 'MaskFormer', got "
+                f"{cfg.MODEL.META_ARCHITECTURE!r}: does the config inherit from one in configs/?"
+            )
+        return super().build_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer, with one group for each pair of learning rate and weight decay."""
+        optimizer = solver.make_optimizer(model, **config.optimizer_arguments(cfg))
+        for group in optimizer.param_groups:
+            logger.info(
+                "%d tensors with learning rate %g and weight decay %g",
+                len(group["params"]),
+                group["lr"],
+                group["weight_decay"],
+            )
+        return optimizer
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: Any, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """The learning-rate schedule."""
+        factor = solver.lr_factor(**config.schedule_arguments(cfg))
+        return LambdaLR(optimizer, [factor] * len(optimizer.param_groups))
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> DataLoader:
+        """The training loader from its first batch on."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: Any, dataset_name: str) -> DataLoader:
+        """The test loader of a data set."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
+        """The evaluators of a data set."""
+        return build_evaluator(cfg, dataset_name, str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name))
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of the output folder, or MODEL.WEIGHTS; the data go on where they stopped."""
+        super().resume_or_load(resume)
+        if self.start_iter > 0:
+            logger.info("Resuming at iteration %d", self.start_iter)
+            self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.start_iter))
+
+
+class MaskFormerStep(SimpleTrainer):
+    """One training step: accumulation, mixed precision, clipping, and what to do if the loss is not finite."""
+
+    def __init__(self, model: nn.Module, data_loader: DataLoader, optimizer: torch.optim.Optimizer, cfg: Any) -> None:
+        """Set up.
+
+        Raises:
+            ValueError: if a process has fewer images than SOLVER.ACCUMULATION_STEPS.
+        """
+        super().__init__(model, data_loader, optimizer)
+        step = config.step_arguments(cfg)
+        self.accumulation_steps = step["accumulation_steps"]
+        images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        if images % self.accumulation_steps:
+            raise ValueError(
+                f"SOLVER.ACCUMULATION_STEPS must divide the {images} images of a process, got "
+                f"{self.accumulation_steps}"
+            )
+        self.clip = config.clip_arguments(cfg)
+        self.clips = self.clip.pop("enabled")
+        self.device_type = torch.device(cfg.MODEL.DEVICE).type
+        self.amp_dtype = None if step["amp_dtype"] is None else getattr(torch, step["amp_dtype"])
+        # only half precision needs its loss scaled: bfloat16 has the range of float32
+        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=self.amp_dtype is torch.float16)
+        self.seed = cfg.SEED
+        self.skipped_in_a_row = 0
+
+    def run_step(self) -> None:
+        """Draw a batch, add up the gradients of its parts, clip, step.
+
+        Raises:
+            FloatingPointError: if the loss was not finite ten times in a row; single ones are skipped.
+        """
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        if self.seed >= 0:
+            solver.seed_step(self.seed, self.iter, comm.get_rank())
+        self.optimizer.zero_grad()
+        losses = self._backward(batch)
+        if self._skips(losses):
+            return
+        self._write_metrics(losses, data_time)
+        get_event_storage().put_scalar("memory_mb", _peak_memory_mb(self.device_type))
+        self.grad_scaler.unscale_(self.optimizer)
+        if self.clips:
+            solver.clip_gradients(self.model.parameters(), **self.clip)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _backward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Mean losses over the parts of the batch, with their gradients in the parameters."""
+        total: dict[str, Tensor] = {}
+        for part, is_last in _parts(batch, self.accumulation_steps):
+            waits = isinstance(self.model, DistributedDataParallel) and not is_last
+            with self.model.no_sync() if waits else nullcontext():
+                with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                    losses = self.model(part)
+                losses = {name: loss / self.accumulation_steps for name, loss in losses.items()}
+                self.grad_scaler.scale(sum(losses.values())).backward()
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0) + loss.detach()
+        return total
+
+    def _skips(self, losses: dict[str, Tensor]) -> bool:
+        """Whether any process has a loss that is not finite, so that this step must change nothing."""
+        is_bad = not torch.isfinite(sum(losses.values())).item()
+        if not any(comm.all_gather(is_bad)):
+            self.skipped_in_a_row = 0
+            return False
+        self.skipped_in_a_row += 1
+        values = {name: loss.item() for name, loss in losses.items()}
+        if self.skipped_in_a_row >= _MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"the loss was not finite in {self.skipped_in_a_row} iterations in a row, last in iteration "
+                f"{self.iter}: {values}; lower SOLVER.BASE_LR, or set SOLVER.AMP.DTYPE bfloat16"
+            )
+        logger.warning("Iteration %d is skipped, its loss is not finite: %s", self.iter, values)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the loop, the optimizer and the loss scaler."""
+        return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; checkpoints of Detectron2's own trainers may lack the scaler."""
+        super().load_state_dict(state_dict)
+        if state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _parts(batch: list[dict[str, Any]], count: int) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    size = len(batch) // count
+    for part in range(count):
+        yield batch[part * size : (part + 1) * size], part == count - 1
+
+
+def _peak_memory_mb(device_type: str) -> float:
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kibibytes on Linux

@@ -1,0 +1,139 @@
+"""Detectron2's catalogs and loaders over the core's data."""
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BitMasks
+
+from mask2former.d2.data import MaskFormerDatasetMapper, build_test_loader, build_train_loader, register_datasets
+from mask2former.data import catalog
+
+
+def test_registration_mirrors_the_catalog_and_leaves_other_metadata_alone():
+    before = dict(MetadataCatalog.get("coco_2017_train_panoptic").as_dict())
+    register_datasets()
+    register_datasets()  # twice does no harm
+    assert MetadataCatalog.get("coco_2017_train_panoptic").as_dict() == before
+    for name in catalog.names():
+        assert name in DatasetCatalog
+    meta = MetadataCatalog.get("coco_2017_val_panoptic_with_sem_seg")
+    assert len(meta.stuff_classes) == 133
+    assert len(meta.thing_classes) == 80
+    assert sorted(meta.thing_dataset_id_to_contiguous_id.values()) == list(range(80))
+    assert len(meta.stuff_dataset_id_to_contiguous_id) == 133
+    assert meta.evaluator_type == "coco_panoptic_seg"
+
+
+def test_same_contiguous_ids_as_detectron2s_own_panoptic_set():
+    own = MetadataCatalog.get("coco_2017_train_panoptic")
+    mirrored = MetadataCatalog.get("coco_2017_train_panoptic_with_sem_seg")
+    assert dict(own.thing_dataset_id_to_contiguous_id) == dict(mirrored.thing_dataset_id_to_contiguous_id)
+    for dataset_id, contiguous in own.stuff_dataset_id_to_contiguous_id.items():
+        assert mirrored.stuff_dataset_id_to_contiguous_id[dataset_id] == contiguous
+
+
+def samples_equal(a, b):
+    same_masks = torch.equal(a["instances"].gt_masks.tensor, b["instances"].gt_masks.tensor)
+    return a["file_name"] == b["file_name"] and torch.equal(a["image"], b["image"]) and same_masks
+
+
+def take(loader, count):
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def test_training_loader_gives_detectron2s_form(tiny_cfg):
+    batch = take(build_train_loader(tiny_cfg), 1)[0]
+    assert len(batch) == 2
+    sample = batch[0]
+    assert sample["image"].shape == (3, 64, 64)
+    assert sample["image"].dtype == torch.uint8
+    assert isinstance(sample["instances"].gt_masks, BitMasks)
+    assert len(sample["instances"].gt_classes) == len(sample["instances"].gt_masks) > 0
+    assert {"file_name", "image_id", "height", "width"} <= set(sample)
+
+
+def test_resumed_loader_continues_the_sequence_whatever_the_workers(tiny_cfg):
+    """Batches 3 and 4 of one run are the first two of a run resumed at 3, with workers or without."""
+    whole = take(build_train_loader(tiny_cfg), 5)
+    resumed = take(build_train_loader(tiny_cfg, start_batch=3), 2)
+    tiny_cfg.DATALOADER.NUM_WORKERS = 2
+    in_workers = take(build_train_loader(tiny_cfg), 5)
+    for expected, found, worker in zip(whole[3:], resumed, in_workers[3:], strict=True):
+        assert all(samples_equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert all(samples_equal(a, b) for a, b in zip(expected, worker, strict=True))
+    assert not samples_equal(whole[0][0], whole[1][0])
+
+
+def test_another_seed_gives_other_samples(tiny_cfg):
+    first = take(build_train_loader(tiny_cfg), 2)
+    tiny_cfg.SEED = 2
+    second = take(build_train_loader(tiny_cfg), 2)
+    pairs = zip(first[0] + first[1], second[0] + second[1], strict=True)
+    assert not all(samples_equal(a, b) for a, b in pairs)
+
+
+def test_mapper_works_in_detectron2s_own_loader(tiny_cfg):
+    from detectron2.data import build_detection_train_loader
+
+    loader = build_detection_train_loader(
+        DatasetCatalog.get(tiny_cfg.DATASETS.TRAIN[0]),
+        mapper=MaskFormerDatasetMapper(tiny_cfg),
+        total_batch_size=2,
+        num_workers=0,
+    )
+    batch = take(loader, 1)[0]
+    assert len(batch) == 2
+    assert batch[0]["image"].shape == (3, 64, 64)
+
+
+def test_mapper_leaves_the_record_unchanged(tiny_cfg):
+    record = DatasetCatalog.get(tiny_cfg.DATASETS.TRAIN[0])[0]
+    before = repr(record)
+    sample = MaskFormerDatasetMapper(tiny_cfg)(record, np.random.default_rng(0))
+    assert repr(record) == before
+    assert "segments_info" not in sample
+
+
+def test_test_loader_gives_resized_images_and_original_sizes(tiny_cfg):
+    batch = take(build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]), 1)[0]
+    assert len(batch) == 1
+    assert min(batch[0]["image"].shape[1:]) <= 64
+    assert max(batch[0]["image"].shape[1:]) <= 96
+    assert max(batch[0]["height"], batch[0]["width"]) > 96
+    assert "segments_info" in batch[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "SAMPLER_TRAIN"),
+        ("INPUT.DATASET_MAPPER_NAME", "mask_former_typo", "coco_panoptic_lsj"),
+        ("DATASETS.TRAIN", "()", "at least one image"),
+    ],
+)
+def test_refusals(tiny_cfg, key, value, message):
+    tiny_cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(tiny_cfg)
+
+
+def test_images_without_objects_are_left_out_only_if_asked(tiny_cfg):
+    def records():
+        real = catalog.get("coco_sample_train").load()[:2]
+        return [real[0], real[1] | {"annotations": []}]
+
+    name = "sample_with_an_empty_image"
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, records)
+    tiny_cfg.merge_from_list(["DATASETS.TRAIN", f"('{name}',)", "INPUT.DATASET_MAPPER_NAME", "coco_instance_lsj"])
+    assert len(build_train_loader(tiny_cfg).dataset) == 1
+    tiny_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    loader = build_train_loader(tiny_cfg)
+    assert len(loader.dataset) == 2
+    counts = {len(s["instances"]) == 0 for batch in take(loader, 2) for s in batch}
+    assert counts == {True, False}

@@ -1,0 +1,154 @@
+"""Evaluators: perfect predictions score 100, types and switches decide what is computed, processes add up."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+
+from mask2former.d2.evaluation import InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluator
+from mask2former.data import read_label_map, read_panoptic_colors
+from mask2former.data.targets import mask_from_rle, panoptic_ids
+from mask2former.modeling.postprocessing import masks_to_boxes
+
+PANOPTIC = "coco_sample_val_panoptic_with_sem_seg"
+INSTANCE = "coco_sample_val"
+
+
+def panoptic_truth(record):
+    """The ground truth of a record in the form of a prediction."""
+    ids = torch.from_numpy(panoptic_ids(read_panoptic_colors(record["pan_seg_file_name"])))
+    segments = [{"id": s["id"], "category_id": s["category_id"]} for s in record["segments_info"]]
+    return {"panoptic_seg": (ids, segments)}
+
+
+def semantic_truth(record):
+    labels = torch.from_numpy(read_label_map(record["sem_seg_file_name"])).long()
+    return {"sem_seg": torch.nn.functional.one_hot(labels.clamp(max=132), 133).permute(2, 0, 1)}
+
+
+def instance_truth(record, scale=1.0):
+    size = (record["height"], record["width"])
+    objects = [a for a in record["annotations"] if not a.get("iscrowd")]
+    masks = [torch.from_numpy(mask_from_rle(a["segmentation"], *size)) for a in objects]
+    masks = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool)
+    return {
+        "instances": Instances(
+            size,
+            pred_classes=torch.tensor([a["category_id"] for a in objects], dtype=torch.int64),
+            scores=scale * torch.linspace(0.9, 0.5, len(objects)),
+            pred_masks=masks,
+            pred_boxes=Boxes(masks_to_boxes(masks)),
+        )
+    }
+
+
+def feed(evaluator, records, make):
+    evaluator.reset()
+    for record in records:
+        evaluator.process([record], [make(record)])
+    return evaluator.evaluate()
+
+
+def test_perfect_predictions_score_100():
+    records = DatasetCatalog.get(PANOPTIC)[:6]
+    # crowds are no targets: as predictions they would be false positives or ignored, so leave such images out
+    records = [r for r in records if not any(s.get("iscrowd") for s in r["segments_info"])]
+    assert len(records) >= 3
+    result = feed(PanopticEvaluator(PANOPTIC, 133), records, panoptic_truth)["panoptic_seg"]
+    assert result["PQ"] == pytest.approx(100)
+    result = feed(SemanticEvaluator(PANOPTIC), records, semantic_truth)["sem_seg"]
+    assert result["mIoU"] == pytest.approx(100)
+    assert result["pACC"] == pytest.approx(100)
+    records = DatasetCatalog.get(INSTANCE)[:6]
+    result = feed(InstanceEvaluator(INSTANCE), records, instance_truth)
+    assert result["segm"]["AP"] == pytest.approx(100)
+    assert result["bbox"]["AP"] > 95  # boxes of the file are COCO's, a pixel apart from those of the masks
+
+
+def test_instances_equal_detectron2s_own_evaluator(tmp_path):
+    """Noisy predictions on all sample images: the same AP as COCOEvaluator, masks and boxes."""
+    records = DatasetCatalog.get(INSTANCE)
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(record):
+        instances = instance_truth(record)["instances"]
+        shift = torch.randint(-6, 7, (1,), generator=generator).item()
+        masks = instances.pred_masks.roll(shift, dims=2)
+        keep = torch.rand(len(instances), generator=generator) > 0.2
+        noisy = Instances(instances.image_size)
+        noisy.pred_masks = masks
+        noisy.pred_boxes = Boxes(masks_to_boxes(masks))
+        noisy.scores = torch.rand(len(instances), generator=generator)
+        noisy.pred_classes = instances.pred_classes
+        return {"instances": noisy[keep]}
+
+    predictions = {r["image_id"]: noisy(r) for r in records}
+    own = feed(InstanceEvaluator(INSTANCE, str(tmp_path)), records, lambda r: predictions[r["image_id"]])
+    theirs = feed(
+        COCOEvaluator(INSTANCE, ("bbox", "segm"), distributed=False, use_fast_impl=False),
+        records,
+        lambda r: predictions[r["image_id"]],
+    )
+    for task in ("segm", "bbox"):
+        for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
+            assert own[task][name] == pytest.approx(theirs[task][name], abs=1e-9, nan_ok=True), (task, name)
+    assert 5 < own["segm"]["AP"] < 95
+    saved = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert len(saved) == sum(len(p["instances"]) for p in predictions.values())
+
+
+def test_metrics_of_two_processes_add_up(monkeypatch):
+    """What comm.gather brings from two processes gives what one process gives alone."""
+    records = DatasetCatalog.get(PANOPTIC)[:4]
+
+    def shifted(record):
+        ids, segments = panoptic_truth(record)["panoptic_seg"]
+        moved = torch.roll(ids, 20, dims=1)
+        present = set(moved.unique().tolist())
+        return {"panoptic_seg": (moved, [s for s in segments if s["id"] in present])}
+
+    alone = feed(PanopticEvaluator(PANOPTIC, 133), records, shifted)
+    parts = [PanopticEvaluator(PANOPTIC, 133) for _ in range(2)]
+    for part, share in zip(parts, (records[:1], records[1:]), strict=True):
+        part.reset()
+        for record in share:
+            part.process([record], [shifted(record)])
+    from mask2former.d2 import evaluation
+
+    monkeypatch.setattr(evaluation.comm, "gather", lambda _: [p._metric for p in parts])
+    assert parts[0].evaluate() == alone
+
+
+def evaluator_names(evaluator):
+    return [type(e).__name__ for e in evaluator._evaluators]
+
+
+def test_config_and_data_set_decide_what_is_evaluated(tiny_cfg):
+    every = ["PanopticEvaluator", "InstanceEvaluator", "SemanticEvaluator"]
+    assert evaluator_names(build_evaluator(tiny_cfg, PANOPTIC)) == every
+    tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+    assert evaluator_names(build_evaluator(tiny_cfg, PANOPTIC)) == every[1:]
+    assert evaluator_names(build_evaluator(tiny_cfg, INSTANCE)) == every[1:2]
+    assert evaluator_names(build_evaluator(tiny_cfg, "coco_sample_val_sem_seg")) == every[2:]
+
+
+def test_a_panoptic_set_without_semantic_maps_is_not_evaluated_for_them(tiny_cfg):
+    fields = MetadataCatalog.get(PANOPTIC).as_dict()
+    left_out = ("name", "sem_seg_root")
+    MetadataCatalog.get("panoptic_alone").set(**{k: v for k, v in fields.items() if k not in left_out})
+    assert evaluator_names(build_evaluator(tiny_cfg, "panoptic_alone")) == ["PanopticEvaluator", "InstanceEvaluator"]
+
+
+def test_refusals(tiny_cfg):
+    MetadataCatalog.get("of_unknown_type").evaluator_type = "keypoints"
+    with pytest.raises(ValueError, match="evaluator_type"):
+        build_evaluator(tiny_cfg, "of_unknown_type")
+    tiny_cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    with pytest.raises(ValueError, match="switches none on"):
+        build_evaluator(tiny_cfg, INSTANCE)
