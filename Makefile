@@ -1,0 +1,42 @@
+# PYTHON names the interpreter; what it lacks is installed into .venv, or into its own virtual environment.
+PYTHON ?= python3
+export TORCH_SPEC
+
+ENVIRONMENT = "$(PYTHON)" .ci/environment.py
+
+.PHONY: help demo test test-all lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      segment the sample pictures, results in results/demo"
+	@echo "make test      style, types and tests: some minutes"
+	@echo "make test-all  the same and the slow tests"
+	@echo "make lint      style and types alone"
+	@echo "make clean     remove .venv, results/demo, caches and build folders"
+	@echo
+	@echo "Packages that the machine has are used; missing ones are installed into .venv."
+	@echo "PYTHON=...     another interpreter; one of a virtual environment is used as it is"
+	@echo "TORCH_SPEC=... what pip gets where PyTorch is missing, for example torch==2.9.1"
+
+demo:
+	@python="$$($(ENVIRONMENT) requirements.txt)" && \
+	"$$python" demo/demo.py --input demo/pictures --output results/demo
+
+lint:
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT)
+
+test:
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(call PYTEST,not slow)
+
+test-all:
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(call PYTEST,)
+
+LINT = echo "== style: ruff" && "$$python" -m ruff check . && echo "== types: mypy" && "$$python" -m mypy
+
+# The last lines say what was skipped and why.
+PYTEST = echo "== tests: pytest" && \
+	{ "$$python" -m pytest -q -m "$(1)"; code=$$?; "$$python" .ci/environment.py --detectron2; exit $$code; }
+
+clean:
+	rm -rf .venv results/demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find mask2former tests demo .ci -name __pycache__ -type d -prune -exec rm -rf {} +

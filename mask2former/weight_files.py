@@ -1,0 +1,148 @@
+"""Reads files of weights. None can run code: pickles may ask for arrays, tensors and containers only."""
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file, or is damaged.
+    """
+    _require_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """The content of a file of weights: a state dict, or a dict that has one as "model".
+
+    Args:
+        path: `.pkl` (pickled arrays, as of Detectron2), `.safetensors`, or anything else as of `torch.save`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds no dict, or asks for anything but numbers and plain containers.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    _require_file(path)
+    try:
+        if path.suffix == ".pkl":
+            with path.open("rb") as file:
+                content = _ArrayUnpickler(file, encoding="latin1").load()  # files of Python 2 need latin1
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN_PICKLE as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
+    return content
+
+
+def state_dict_of(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """The state dict in what `read_weights` gives, as tensors, without a ``module.`` that all names have.
+
+    Args:
+        content: a state dict, or a dict that has one as "model".
+        where: what errors call the source.
+
+    Raises:
+        ValueError: if a name is no string, or a value no array or tensor of numbers.
+    """
+    inner = content["model"] if isinstance(content.get("model"), Mapping) else content
+    if not all(isinstance(name, str) for name in inner):
+        raise ValueError(f"{where} must hold tensors by name, got names that are no strings")
+    cut = len("module.") if inner and all(name.startswith("module.") for name in inner) else 0
+    return {name[cut:]: _as_tensor(name, value, where) for name, value in inner.items()}
+
+
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, got a folder or a device")
+
+
+def _as_tensor(name: str, value: Any, where: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        array = np.asarray(value)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))  # a copy
+    kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+    raise ValueError(f"{where} must hold arrays or tensors of numbers, got {kind} as {name!r}")
+
+
+def _load_storage(data: bytes) -> Any:
+    """Stands in for torch's own function, which would unpickle anything."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stands in for `codecs.encode`, by which pickles of protocol 2 store bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes must be encoded in latin1, got {encoding!r}")
+    return text.encode("latin1")
+
+
+# The functions by which NumPy pickles itself have moved between its versions: ask NumPy for them.
+_RECONSTRUCT = np.zeros(1).__reduce__()[0]
+_SCALAR = np.float32(0).__reduce__()[0]
+_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
+_ADMITTED: dict[str, Any] = {
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy.core.multiarray.scalar": _SCALAR,
+    "numpy._core.multiarray.scalar": _SCALAR,
+    "numpy.core.numeric._frombuffer": _FROM_BUFFER,
+    "numpy._core.numeric._frombuffer": _FROM_BUFFER,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch.storage._load_from_bytes": _load_storage,
+    "torch.Size": torch.Size,
+    "collections.OrderedDict": OrderedDict,
+    "_codecs.encode": _latin1,
+    "__builtin__.bytes": bytes,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, tensors and plain containers, and refuses everything else before it can do anything."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        name = f"{module_name}.{global_name}"
+        if name not in _ADMITTED:
+            raise pickle.UnpicklingError(
+                f"it asks for {name}, but only arrays, tensors and plain containers are read, "
+                "because anything else could run code"
+            )
+        return _ADMITTED[name]

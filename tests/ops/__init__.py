@@ -1,0 +1,1 @@
+"""Tests of `mask2former.ops`."""

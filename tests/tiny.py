@@ -1,0 +1,92 @@
+"""The smallest complete model, for tests of what is around it."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mask2former.build import build_model
+from mask2former.data.catalog import Category
+from mask2former.modeling.mask2former import Mask2Former
+from mask2former.predictor import PanopticPicture, Predictor
+
+K = 4
+
+
+def architecture(num_classes: int = K, num_queries: int = 8, **inputs: Any) -> dict[str, dict[str, Any]]:
+    """About a million weights; other keyword arguments are those of the input."""
+    return {
+        "backbone": {
+            "name": "swin",
+            "embed_dim": 32,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 4, 8],
+            "window_size": 4,
+        },
+        "pixel_decoder": {
+            "name": "deformable",
+            "conv_dim": 32,
+            "mask_dim": 32,
+            "num_layers": 1,
+            "num_heads": 4,
+            "dim_feedforward": 32,
+        },
+        "transformer_decoder": {
+            "name": "masked_attention",
+            "in_channels": 32,
+            "hidden_dim": 32,
+            "mask_dim": 32,
+            "num_classes": num_classes,
+            "num_queries": num_queries,
+            "num_heads": 4,
+            "num_layers": 2,
+            "dim_feedforward": 32,
+        },
+        "criterion": {"num_classes": num_classes},
+        "input": inputs,
+    }
+
+
+def categories(count: int = K) -> tuple[Category, ...]:
+    """Things and stuff by turns."""
+    return tuple(Category(10 + i, f"class {i} é", i % 2 == 0, (i, 40 * i, 255)) for i in range(count))
+
+
+def picture(height: int = 50, width: int = 70, seed: int = 0) -> np.ndarray:
+    """Blobs of colour, (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def lively_model() -> Mask2Former:
+    """Random weights with which `picture` has several segments, of more than one class and different scores."""
+    return copy.deepcopy(_lively_model())
+
+
+@cache
+def _lively_model() -> Mask2Former:
+    for seed in range(8, 100):
+        model = _with_contrast(seed)
+        predictor = Predictor(model, categories=categories(), shortest=64, longest=160, overlap_threshold=0.2)
+        result = predictor(picture(), "panoptic", threshold=0.3)
+        assert isinstance(result, PanopticPicture)
+        if len(result.segments) >= 5 and len({s.category_id for s in result.segments}) >= 3:
+            return model
+    raise AssertionError("no seed gives a lively model: has the initialisation changed?")
+
+
+def _with_contrast(seed: int) -> Mask2Former:
+    torch.manual_seed(seed)
+    model = build_model(architecture())
+    decoder = model.sem_seg_head.predictor
+    with torch.no_grad():
+        decoder.query_feat.weight.normal_(0, 3)
+        decoder.class_embed.weight *= 8
+        decoder.class_embed.bias[-1] = -2.0
+        decoder.mask_embed.layers[-1].weight *= 12
+        model.sem_seg_head.pixel_decoder.mask_features.weight *= 3
+    return model
