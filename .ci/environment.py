@@ -152,7 +152,8 @@ def install(python: str, missing: dict[str, str]) -> None:
     others = [line for name, line in missing.items() if name != "torch"]
     steps = [shlex.split(os.environ.get("TORCH_SPEC") or torch)] if torch else []
     for specs in [*steps, *([others] if others else [])]:
-        say(f"installing {' '.join(specs)} for {python} (once; PyTorch is large and takes a while)")
+        note = ", which is large and takes a while" if specs is not others else ""
+        say(f"installing {' '.join(specs)} for {python}{note}")
         done = subprocess.run([python, "-m", "pip", "install", *specs], stdout=sys.stderr, check=False)
         if done.returncode != 0:
             raise EnvironmentUnusableError(f"pip could not install {' '.join(specs)}; its message is above")

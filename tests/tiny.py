@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mask2former.build import build_model
 from mask2former.data.catalog import Category
@@ -60,6 +61,20 @@ def picture(height: int = 50, width: int = 70, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def fresh_model(num_classes: int = K, num_queries: int = 8) -> Mask2Former:
+    """Always the same random weights."""
+    torch.manual_seed(99)
+    return build_model(architecture(num_classes, num_queries))
+
+
+def assert_equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Same names, types and bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
 
 
 def lively_model() -> Mask2Former:

@@ -5,8 +5,7 @@ from mask2former.d2.config import add_maskformer2_config, get_config
 from mask2former.d2.data import MaskFormerDatasetMapper, register_datasets
 from mask2former.d2.heads import MaskFormerHead, MSDeformAttnPixelDecoder, MultiScaleMaskedTransformerDecoder
 from mask2former.d2.meta_arch import MaskFormer
-
-from mask2former.d2.predictor import predictor_from_config
+from mask2former.d2.predictor import export_model, predictor_from_config
 from mask2former.d2.registry import TRANSFORMER_DECODER_REGISTRY
 from mask2former.d2.trainer import Trainer
 
@@ -20,6 +19,7 @@ __all__ = [
     "MultiScaleMaskedTransformerDecoder",
     "Trainer",
     "add_maskformer2_config",
+    "export_model",
     "get_config",
     "predictor_from_config",
 ]

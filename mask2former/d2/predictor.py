@@ -1,39 +1,62 @@
-"""A core `Predictor` from a Detectron2 config and its checkpoint."""
+"""From a Detectron2 config and its checkpoint to a core `Predictor` or a model file."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 
 from mask2former import config
+from mask2former.checkpoint import ModelDescription, PredictionSettings, save_model_file
 from mask2former.d2.data import is_thing_of
+from mask2former.d2.meta_arch import MaskFormer
 from mask2former.d2.trainer import Trainer
 from mask2former.data import Category
 from mask2former.predictor import Predictor
 
 
 def predictor_from_config(cfg: Any) -> Predictor:
-    """Build the model, load MODEL.WEIGHTS and take category names and colours from the data set's metadata.
+    """Build the model, load MODEL.WEIGHTS and take names and colours of the classes from the data set's metadata.
 
     Raises:
         ValueError: if MODEL.WEIGHTS is empty, or the metadata do not name as many classes as the model has.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS must name a checkpoint to predict with, got ''")
-    model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    inference = config.inference_arguments(cfg)
+    model = _load_model(cfg)
     return Predictor(
-        model.eval(),
-        categories=categories_of(MetadataCatalog.get(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES),
-        image_format=config.input_arguments(cfg)["image_format"],
+        model,
+        categories=_categories(cfg, model),
+        image_format=model.input_format,
         device=cfg.MODEL.DEVICE,
-        object_mask_threshold=inference["object_mask_threshold"],
-        overlap_threshold=inference["overlap_threshold"],
-        top_k=inference["top_k"],
-        score_threshold=inference["score_threshold"],
-        **config.test_resize_arguments(cfg),
+        **asdict(_settings(cfg)),
     )
+
+
+def export_model(
+    cfg: Any, path: str | Path, *, dtype: torch.dtype = torch.float16, notes: Mapping[str, Any] | None = None
+) -> ModelDescription:
+    """Write the model of a config and its MODEL.WEIGHTS as a model file, which needs no Detectron2 to be used.
+
+    Args:
+        cfg: config.
+        path: of the file.
+        dtype: of the stored weights, `torch.float16` or `torch.float32`.
+        notes: for people, such as the training command; plain values.
+
+    Raises:
+        ValueError: as `predictor_from_config`.
+    """
+    model = _load_model(cfg)
+    description = ModelDescription(
+        architecture=config.architecture_arguments(cfg),
+        categories=_categories(cfg, model),
+        settings=_settings(cfg),
+        notes=dict(notes or {}),
+    )
+    save_model_file(path, model, description, dtype=dtype)
+    return description
 
 
 def categories_of(metadata: Any, num_classes: int) -> tuple[Category, ...]:
@@ -56,4 +79,30 @@ def categories_of(metadata: Any, num_classes: int) -> tuple[Category, ...]:
     return tuple(
         Category(id=ids.get(i, i), name=names[i], is_thing=is_thing[i], color=tuple(colors[i]))
         for i in range(num_classes)
+    )
+
+
+def _load_model(cfg: Any) -> MaskFormer:
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS must name a checkpoint to predict with, got ''")
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def _categories(cfg: Any, model: MaskFormer) -> tuple[Category, ...]:
+    return categories_of(MetadataCatalog.get(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+
+
+def _settings(cfg: Any) -> PredictionSettings:
+    inference = config.inference_arguments(cfg)
+    tasks = [task for task in ("panoptic", "instance", "semantic") if inference[f"{task}_on"]]
+    return PredictionSettings(
+        tasks=tuple(tasks),
+        object_mask_threshold=inference["object_mask_threshold"],
+        overlap_threshold=inference["overlap_threshold"],
+        top_k=inference["top_k"],
+        score_threshold=inference["score_threshold"],
+        semantic_resize_first=inference["sem_seg_postprocessing_before_inference"],
+        **config.test_resize_arguments(cfg),
     )
