@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _BROKEN_PICKLE = (
     pickle.UnpicklingError,
+    AssertionError,  # from torch.load
     AttributeError,
     EOFError,
     ImportError,
     LookupError,
+    MemoryError,  # a damaged length
     OverflowError,
     RuntimeError,
     TypeError,
@@ -60,7 +64,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _BROKEN_PICKLE as error:
-        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+        raise ValueError(f"{path} cannot be read as weights: {str(error) or type(error).__name__}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(content).__name__}")
     return content
@@ -93,6 +97,8 @@ def _require_file(path: Path) -> None:
 def _as_tensor(name: str, value: Any, where: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
+    if isinstance(value, _PickledArray):
+        value = value.values
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
         array = np.asarray(value)
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))  # a copy
@@ -100,34 +106,69 @@ def _as_tensor(name: str, value: Any, where: str) -> Tensor:
     raise ValueError(f"{where} must hold arrays or tensors of numbers, got {kind} as {name!r}")
 
 
-def _load_storage(data: bytes) -> Any:
-    """Stands in for torch's own function, which would unpickle anything."""
+# Stand-ins for what pickles of arrays and tensors ask for. NumPy's own classes would believe a state that
+# declares any bytes to be pointers to objects; torch's own function for storages would unpickle anything.
+
+
+class _PickledDtype:
+    """A type of numbers; holds nothing else."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
+            raise pickle.UnpicklingError(f"arrays must hold numbers, got type {code!r}")
+        self.dtype: np.dtype[Any] = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1]
+        self.dtype = self.dtype.newbyteorder(order if order in ("<", ">") else "=")
+
+
+class _PickledArray:
+    """An array that gets its content later."""
+
+    values: NDArray[Any]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.values = _array_of(data, dtype, shape, "F" if is_fortran else "C")
+
+
+def _array_of(data: bytes | str, dtype: _PickledDtype, shape: Any, order: Any, *_: object) -> NDArray[Any]:
+    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)  # Python 2 wrote strings
+    return np.frombuffer(raw, dtype.dtype).reshape(shape, order=order)
+
+
+def _empty_array(*_: object) -> _PickledArray:
+    return _PickledArray()
+
+
+def _scalar(dtype: _PickledDtype, data: bytes | str) -> NDArray[Any]:
+    return _array_of(data, dtype, (), "C")
+
+
+def _storage(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stands in for `codecs.encode`, by which pickles of protocol 2 store bytes."""
+    """For `codecs.encode`, by which pickles of protocol 2 store bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes must be encoded in latin1, got {encoding!r}")
     return text.encode("latin1")
 
 
-# The functions by which NumPy pickles itself have moved between its versions: ask NumPy for them.
-_RECONSTRUCT = np.zeros(1).__reduce__()[0]
-_SCALAR = np.float32(0).__reduce__()[0]
-_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
 _ADMITTED: dict[str, Any] = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
-    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
-    "numpy.core.multiarray.scalar": _SCALAR,
-    "numpy._core.multiarray.scalar": _SCALAR,
-    "numpy.core.numeric._frombuffer": _FROM_BUFFER,
-    "numpy._core.numeric._frombuffer": _FROM_BUFFER,
+    "numpy.ndarray": _PickledArray,
+    "numpy.dtype": _PickledDtype,
+    "numpy.core.multiarray._reconstruct": _empty_array,
+    "numpy._core.multiarray._reconstruct": _empty_array,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array_of,
+    "numpy._core.numeric._frombuffer": _array_of,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "torch.storage._load_from_bytes": _load_storage,
+    "torch.storage._load_from_bytes": _storage,
     "torch.Size": torch.Size,
     "collections.OrderedDict": OrderedDict,
     "_codecs.encode": _latin1,
