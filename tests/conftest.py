@@ -7,7 +7,7 @@ import torch
 
 from tests.golden import GOLDEN
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models of the tests are tiny: a second thread waits more than it works
 
 
 @pytest.fixture(autouse=True)

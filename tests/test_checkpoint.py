@@ -190,7 +190,9 @@ def test_data_are_on_disk_before_the_name_changes(tmp_path: Path, monkeypatch: p
         seen.append((os.fstat(descriptor).st_size, target.read_bytes()))
 
     monkeypatch.setattr(checkpoint.os, "fsync", look)
-    write_atomically(target, b"newer")
+    with target.open("rb") as reader:  # who has the old file open keeps it
+        write_atomically(target, b"newer")
+        assert reader.read() == b"old"
     assert seen == [(5, b"old")]
     assert target.read_bytes() == b"newer"
 

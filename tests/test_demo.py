@@ -251,6 +251,11 @@ def test_inputs_without_pictures(
     assert not (tmp_path / "out").exists()
 
 
+def test_one_missing_picture_is_exit_code_1(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run("--input", save(tmp_path / "a.png"), tmp_path / "missing.png") == 1
+    assert names(tmp_path / "out") == ["a.png"]
+
+
 @pytest.mark.parametrize("content", [b"", b"junk" * 99])
 def test_broken_model_file(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes

@@ -104,11 +104,12 @@ def semantic_segmentation(
     """
     probability = class_logits.float().softmax(-1)[:, :-1]  # (Q, K)
     size = geometry.output_size if resize_first else geometry.canvas
-    scores = mask_logits.new_zeros(probability.shape[1], *size, dtype=torch.float32)
+    scores = mask_logits.new_zeros(probability.shape[1], size[0] * size[1], dtype=torch.float32)
     for chunk in _chunks(len(mask_logits), geometry):
         logits = mask_logits[chunk].float()
         logits = geometry.resize(logits) if resize_first else _resize(logits, geometry.canvas)
-        scores += torch.einsum("qk,qhw->khw", probability[chunk], logits.sigmoid())
+        scores.addmm_(probability[chunk].t(), logits.sigmoid().flatten(1))  # in place: (K, H, W) can be gigabytes
+    scores = scores.unflatten(1, size)  # (K, H, W)
     return scores if resize_first else geometry.from_canvas(scores)
 
 

@@ -331,3 +331,28 @@ def test_wrong_targets_are_named(target: MaskTarget, message: str) -> None:
 def test_number_of_targets_must_be_that_of_images() -> None:
     with pytest.raises(ValueError, match="targets must hold one entry for each of the 2 images, got 1"):
         _losses(_criterion(), random_predictions(1, 2, 6), _targets(1))
+
+
+@pytest.mark.parametrize(("other_rank", "divisor"), [(5, 4.0), (0, 1.5), (200, 101.5)])
+def test_mask_losses_are_divided_by_the_mean_number_of_targets_of_all_processes(
+    other_rank: int, divisor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions, targets = random_predictions(1, 2, 6), _targets(1, 2)
+    alone = _losses(_criterion(), predictions, targets)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(other_rank))
+    together = _losses(_criterion(), predictions, targets)
+    for name in ("loss_mask", "loss_dice"):
+        assert together[name].item() == pytest.approx(alone[name].item() * 3 / divisor, rel=1e-5)
+    assert together["loss_ce"] == alone["loss_ce"]
+
+
+def test_the_divisor_is_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictions, targets = random_predictions(1, 1, 6), _targets(1)
+    alone = _losses(_criterion(), predictions, targets)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: None)
+    together = _losses(_criterion(), predictions, targets)  # one target in eight processes
+    assert together["loss_mask"].item() == pytest.approx(alone["loss_mask"].item(), rel=1e-6)

@@ -88,7 +88,8 @@ def _naive_semantic(case: _Case, geometry: MaskGeometry, resize_first: bool) -> 
     if resize_first:
         return scores
     height, width = geometry.image_size
-    return F.interpolate(scores[None, :, :height, :width], geometry.output_size, mode="bilinear", align_corners=False)[0]
+    cropped = scores[None, :, :height, :width]
+    return F.interpolate(cropped, geometry.output_size, mode="bilinear", align_corners=False)[0]
 
 
 @pytest.mark.parametrize("resize_first", [True, False])
@@ -212,6 +213,14 @@ def test_overlap_threshold_is_inclusive(threshold: float, stays: bool) -> None:
     assert ([s.category_id for s in result.segments] == [0, 2]) == stays
 
 
+def test_overlap_counts_all_pixels_won_but_a_segment_has_the_sure_ones() -> None:
+    case = _blocks([0, 2], [(0, 2), (1, 4)])
+    case.mask_logits[1, :, 4:] = -1.0  # wins these four columns without being sure
+    result = _panoptic(case, PLAIN, overlap_threshold=0.8)  # 6 columns won of 3 own, 2 of them sure
+    assert [(s.category_id, s.area) for s in result.segments] == [(0, 8), (2, 8)]
+    assert result.ids[0].tolist() == [1, 1, 2, 2, 0, 0, 0, 0]
+
+
 def test_pixels_that_no_query_is_sure_of_are_void() -> None:
     result = _panoptic(_blocks([0], [(0, 3)]), PLAIN)
     assert result.ids[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
@@ -293,10 +302,16 @@ def test_top_k_below_one_is_refused() -> None:
         _instances(_case(), top_k=0)
 
 
-def test_a_query_may_appear_with_several_classes() -> None:
+def test_a_query_may_appear_with_several_classes_and_its_mask_is_enlarged_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    enlarged: list[int] = []
+    original = MaskGeometry.resize
+    monkeypatch.setattr(MaskGeometry, "resize", lambda *args: enlarged.append(len(args[1])) or original(*args))
     class_logits = torch.tensor([[3.0, 2.0, -9.0, -9.0, -9.0]])
     result = _instances(_Case(class_logits, torch.full((1, 8, 16), 9.0)), top_k=2)
     assert result.labels.tolist() == [0, 1]
+    assert enlarged == [1]
     assert torch.equal(result.masks[0], result.masks[1])
 
 
@@ -351,8 +366,8 @@ def test_chunks_change_nothing(pixels: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_first_of_equal_queries_wins_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = _blocks([0, 2, 0], [(0, 8), (0, 8), (0, 8)])
-    case.class_logits[torch.arange(3), torch.tensor([0, 2, 0])] = 20.0
+    case = _blocks([0, 2, 2], [(0, 8), (0, 8), (0, 8)])
+    case.class_logits[torch.arange(3), torch.tensor([0, 2, 2])] = 20.0
     whole = _panoptic(case, PLAIN)
     monkeypatch.setattr(postprocessing, "CHUNK_PIXELS", 1)
     chunked = _panoptic(case, PLAIN)

@@ -36,7 +36,7 @@ def tiny_architecture(
         "backbone": dict(BACKBONES[backbone]),
         "pixel_decoder": {
             "name": "deformable",
-            "conv_dim": 32,
+            "conv_dim": 64,
             "mask_dim": 24,
             "num_layers": 1,
             "num_heads": 4,
@@ -45,7 +45,7 @@ def tiny_architecture(
         },
         "transformer_decoder": {
             "name": "masked_attention",
-            "in_channels": 32,
+            "in_channels": 64,
             "hidden_dim": 32,
             "mask_dim": 24,
             "num_classes": num_classes,

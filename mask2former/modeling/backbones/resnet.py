@@ -137,6 +137,9 @@ def _freeze_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+            # not read any more, but Detectron2's checkpoints of such a model have it
+            frozen.register_buffer("num_batches_tracked", child.num_batches_tracked)
+            frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen)
         else:
             _freeze_batch_norm(child)
