@@ -122,9 +122,7 @@ def test_offsets_are_pixels_of_each_level() -> None:
             projection.bias.zero_()
     height, width = 3, 5
     value = torch.randn(1, height * width, 4)
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    centres = torch.stack([x / width, y / height], dim=-1).view(-1, 2)
-    output = attention(torch.randn(1, height * width, 4), centres, value, [(height, width)])
+    output = attention(torch.randn(1, height * width, 4), value, [(height, width)])
     found, cells = output.view(height, width, 4), value.view(height, width, 4)
     torch.testing.assert_close(found[:, :-1], cells[:, 1:], rtol=1e-4, atol=1e-5)
     assert found[:, -1].abs().max() < 1e-5  # outside is zero

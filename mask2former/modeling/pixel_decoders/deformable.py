@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mask2former.modeling.layers import ConvNorm, fill_conv_xavier, make_norm
 from mask2former.modeling.position_encoding import sine_position_encoding
 from mask2former.modeling.structures import PixelFeatures
-from mask2former.ops import ms_deform_attn
+from mask2former.ops import ms_deform_attn_fused
 
 _NUM_OUTPUT_LEVELS = 3
 
@@ -158,9 +158,8 @@ class _DeformableTransformer(nn.Module):
                 for (h, w), embed in zip(shapes, self.level_embed, strict=True)
             ]
         )  # (S, C)
-        reference = torch.cat([_cell_centres(h, w, device) for h, w in shapes])  # (S, 2)
         for layer in self.encoder.layers:
-            tokens = layer(tokens, position, reference, shapes)
+            tokens = layer(tokens, position, shapes)
         split = tokens.split([h * w for h, w in shapes], dim=1)
         return [
             t.transpose(1, 2).unflatten(2, shape)  # (B, C, h, w)
@@ -192,17 +191,15 @@ class _EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(
-        self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]
-    ) -> Tensor:
-        attended = self.self_attn(tokens + position, reference, tokens, shapes)
+    def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        attended = self.self_attn(tokens + position, tokens, shapes)
         tokens = self.norm1(tokens + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(tokens)))
         return self.norm2(tokens + self.dropout(self.linear2(hidden)))
 
 
 class MSDeformAttn(nn.Module):
-    """Projections around `mask2former.ops.ms_deform_attn`."""
+    """Projections around `mask2former.ops.ms_deform_attn_fused`."""
 
     def __init__(self, *, dim: int, num_levels: int, num_heads: int, num_points: int) -> None:
         """Build; the offsets start as one direction a head, one to ``num_points`` pixels long.
@@ -228,28 +225,23 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(_initial_offsets(num_heads, num_levels, num_points).flatten())
 
-    def forward(
-        self, query: Tensor, reference: Tensor, value: Tensor, shapes: list[tuple[int, int]]
-    ) -> Tensor:
-        """Attend.
+    def forward(self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """Attend from every cell of every level.
 
         Args:
-            query: (B, Q, C).
-            reference: (Q, 2), (x, y) in [0, 1].
+            query: (B, S, C), a query a cell.
             value: (B, S, C).
             shapes: (h, w) of each level.
 
         Returns:
-            (B, Q, C).
+            (B, S, C).
         """
-        B, Q, _ = query.shape
+        B, S, _ = query.shape
         M, L, P = self.num_heads, self.num_levels, self.num_points
-        values = self.value_proj(value).view(B, value.shape[1], M, -1)
-        offsets_px = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
-        size = torch.tensor([(w, h) for h, w in shapes], dtype=query.dtype, device=query.device)  # (L, 2)
-        locations = reference[:, None, None, None] + offsets_px / size[:, None]  # (B, Q, M, L, P, 2)
-        return self.output_proj(ms_deform_attn(values, shapes, locations, weights))
+        values = self.value_proj(value).view(B, S, M, -1)
+        offsets_px = self.sampling_offsets(query).view(B, S, M, L, P, 2)
+        logits = self.attention_weights(query).view(B, S, M, L, P)
+        return self.output_proj(ms_deform_attn_fused(values, shapes, offsets_px, logits))
 
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -268,10 +260,3 @@ def _initial_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor
     length = torch.arange(1, num_points + 1, dtype=torch.float32)
     offsets = direction[:, None, None] * length[:, None]  # (M, 1, P, 2)
     return offsets.expand(-1, num_levels, -1, -1)
-
-
-def _cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """(height * width, 2): (x, y) in [0, 1] of each cell's centre, row by row."""
-    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)

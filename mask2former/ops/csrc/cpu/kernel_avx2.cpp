@@ -1,0 +1,16 @@
+// The kernels for x86-64 with AVX2. The pragma stays in force to the end of the file, where templates are instantiated.
+#include "problem.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define MASK2FORMER_VECTOR_BYTES 32
+#define MASK2FORMER_KERNELS kernels_avx2
+#include "kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

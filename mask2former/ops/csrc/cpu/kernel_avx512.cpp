@@ -1,0 +1,16 @@
+// The kernels for x86-64 with AVX-512. The pragma stays in force to the end of the file, where templates are instantiated.
+#include "problem.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#define MASK2FORMER_VECTOR_BYTES 64
+#define MASK2FORMER_KERNELS kernels_avx512
+#include "kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
