@@ -1,7 +1,7 @@
 """Metadata of the package, and the build of its optional kernels; settings of the tools are in pyproject.toml.
 
-MASK2FORMER_BUILD says which kernels `mask2former._C` gets: "cuda" (and CPU), "cpu", "none", or "auto" (the default): what
-this machine can build. A kernel that is named and cannot be built is an error; "auto" never fails the install.
+MASK2FORMER_BUILD says which kernels `mask2former._C` gets: "cuda" (and CPU), "cpu", "none", or "auto" (the default):
+what this machine can build. A kernel that is named and cannot be built is an error; "auto" never fails the install.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def import_torch() -> None:
     try:
         import torch
     except ImportError:
-        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if found.returncode != 0 or not found.stdout.strip():
             raise NotPossibleError("there was no PyTorch to build against") from None
         sys.path.append(str(Path(found.stdout.strip()).parent))

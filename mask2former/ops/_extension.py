@@ -116,9 +116,12 @@ def _release(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-@torch.compiler.assume_constant_result
-def _device_is_covered(index: int | None) -> bool:
+def _runs_on_device(index: int | None) -> bool:
     return extension.runs_on(torch.cuda.get_device_capability(index))
+
+
+# Asked while a graph is traced, it is a fact of the machine, not a part of the graph.
+_device_is_covered = torch.compiler.assume_constant_result(_runs_on_device)
 
 
 def _capability() -> str:

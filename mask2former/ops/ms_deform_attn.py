@@ -124,7 +124,7 @@ def _use_kernel(value: Tensor) -> bool:
     """An exported or traced program must run where the extension is not, so it gets the plain operators."""
     return (
         not _is_exporting()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and _extension.kernel_applies(value.device, value.dtype)
     )
 

@@ -94,7 +94,7 @@ class DeformablePixelDecoder(nn.Module):
                 padding=1,
                 bias=norm == "",
                 norm=make_norm(norm, conv_dim),
-                activation=F.relu,
+                activation=F.relu_,
             )
             fill_conv_xavier(lateral)
             fill_conv_xavier(output)
@@ -194,7 +194,7 @@ class _EncoderLayer(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         attended = self.self_attn(tokens + position, tokens, shapes)
         tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(tokens)))
+        hidden = self.dropout(F.relu_(self.linear1(tokens)))  # in place: this is the largest tensor of the encoder
         return self.norm2(tokens + self.dropout(self.linear2(hidden)))
 
 

@@ -6,6 +6,13 @@
 // summed in vectors. Cells outside of a map read from a row of zeros (and their gradients go to a row that nobody reads),
 // so that neither an infinity at the map's edge nor a branch is met.
 
+#if defined(__clang__)
+#define MASK2FORMER_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Mask2formerShuffle __attribute__((vector_size(16)));
+#define MASK2FORMER_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask2formerShuffle{__VA_ARGS__})
+#endif
+
 namespace mask2former::cpu {
 namespace {
 
@@ -20,6 +27,16 @@ struct Vector {
 };
 template <typename A>
 using Vec = typename Vector<A>::type;
+
+// Whole numbers as wide as A, as comparisons of Vec<A> give them.
+template <typename A>
+using Int = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
+template <typename A>
+struct IntVector {
+  typedef Int<A> type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using IntVec = typename IntVector<A>::type;
 
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
@@ -84,8 +101,30 @@ inline A sum_lanes(Vec<A> v) {
   return lanes[0];
 }
 
-inline float floor_of(float x) { return __builtin_floorf(x); }
-inline double floor_of(double x) { return __builtin_floor(x); }
+// Sums of the lanes of four vectors that lie side by side in memory.
+inline void sum_lanes_of_four(const Vec<double>* vectors, double* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_lanes<double>(vectors[i]);
+}
+
+inline void sum_lanes_of_four(const Vec<float>* vectors, float* sums) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad folded[4];
+  for (int i = 0; i < 4; ++i) {
+    const char* bytes = reinterpret_cast<const char*>(vectors + i);
+    std::memcpy(&folded[i], bytes, 16);
+    for (int at = 16; at < kVectorBytes; at += 16) {
+      Quad part;
+      std::memcpy(&part, bytes + at, 16);
+      folded[i] += part;
+    }
+  }
+  const Quad low = MASK2FORMER_SHUFFLE(folded[0], folded[1], 0, 4, 1, 5) +  // 0x+0z 1x+1z 0y+0w 1y+1w
+                   MASK2FORMER_SHUFFLE(folded[0], folded[1], 2, 6, 3, 7);
+  const Quad high = MASK2FORMER_SHUFFLE(folded[2], folded[3], 0, 4, 1, 5) +
+                    MASK2FORMER_SHUFFLE(folded[2], folded[3], 2, 6, 3, 7);
+  const Quad all = MASK2FORMER_SHUFFLE(low, high, 0, 1, 4, 5) + MASK2FORMER_SHUFFLE(low, high, 2, 3, 6, 7);
+  std::memcpy(sums, &all, sizeof all);
+}
 
 // exp of numbers that are not positive. 2^n * e^r with |r| <= ln 2 / 2; the series to r^7 leaves a relative error of 5e-9.
 inline Vec<float> exp_of(Vec<float> x) {
@@ -118,11 +157,12 @@ template <typename T>
 struct Scratch {
   using A = typename SumType<T>::type;
   A *width, *height;                          // of each sample's level, all L * P
+  A* xy;                                      // points as they are in memory
   A *x, *y, *weight;                          // pixels; attention weights, all L * P
   A *fx, *fy;                                 // fractions
   A* factor[4];                               // bilinear factor times attention weight: 00, 01 (right), 10 (below), 11
-  int32_t *width_int, *height_int, *start;    // of each sample's level
-  int32_t* cell[4];                           // -1: outside
+  Int<A>*start;                               // of each sample's level
+  Int<A>* cell[4];                            // -1: outside
   Vec<A>* dots;                               // (L * P, 4)
   T* zeros;                                   // (D)
   A* ignored;                                 // (D)
@@ -131,7 +171,7 @@ struct Scratch {
 
   static int64_t bytes(const Problem<T>& p) {
     const int64_t samples = padded(p.L * p.P), channels = padded(p.D);
-    return 64 + samples * (11 * sizeof(A) + 7 * sizeof(int32_t) + 4 * kVectorBytes) +
+    return 64 + samples * (13 * sizeof(A) + 5 * sizeof(Int<A>) + 4 * kVectorBytes) +
            channels * (sizeof(A) + sizeof(T));
   }
 
@@ -146,14 +186,14 @@ struct Scratch {
     take(dots, 4 * samples);
     for (A** array : {&width, &height, &x, &y, &weight, &fx, &fy, &factor[0], &factor[1], &factor[2], &factor[3]})
       take(*array, samples);
-    for (int32_t** array : {&width_int, &height_int, &start, &cell[0], &cell[1], &cell[2], &cell[3]})
-      take(*array, samples);
+    for (Int<A>** array : {&start, &cell[0], &cell[1], &cell[2], &cell[3]}) take(*array, samples);
+    take(xy, 2 * samples);
     take(ignored, channels);
     take(zeros, channels);
     for (int64_t k = 0; k < p.L * p.P; ++k) {
       const int64_t level = k / p.P;
-      width[k] = static_cast<A>(width_int[k] = p.widths[level]);
-      height[k] = static_cast<A>(height_int[k] = p.heights[level]);
+      width[k] = static_cast<A>(p.widths[level]);
+      height[k] = static_cast<A>(p.heights[level]);
       start[k] = p.starts[level];
     }
   }
@@ -187,90 +227,80 @@ struct Row {
   int64_t b, q, m;
 };
 
-// Fills x, y (pixels) and weight of the samples [first, first + count) of a row.
+// Fills x, y (pixels) and weight of the samples [first, first + count) of a row, and some behind them.
 template <typename T>
 inline void read_samples(const Problem<T>& p, Row row, int64_t first, int64_t count, const Scratch<T>& s) {
   using A = typename SumType<T>::type;
   const int64_t samples = p.L * p.P;
   const int64_t at = ((row.b * p.Q + row.q) * p.M + row.m) * samples;
-  const A* __restrict points = p.points + 2 * (at + first);
+  std::memcpy(s.xy, p.points + 2 * (at + first), 2 * count * sizeof(A));
+  const A* __restrict xy = s.xy;
   A* __restrict x = s.x + first;
   A* __restrict y = s.y + first;
   const A* __restrict width = s.width + first;
   const A* __restrict height = s.height + first;
   if (!p.fused) {
     std::memcpy(s.weight + first, p.scores + at + first, count * sizeof(A));
-    for (int64_t k = 0; k < count; ++k) {
-      x[k] = points[2 * k] * width[k] - A(0.5);
-      y[k] = points[2 * k + 1] * height[k] - A(0.5);
-    }
+    for (int64_t k = 0; k < count; k += kPad)
+      for (int64_t i = k; i < k + kPad; ++i) {
+        x[i] = xy[2 * i] * width[i] - A(0.5);
+        y[i] = xy[2 * i + 1] * height[i] - A(0.5);
+      }
     return;
   }
   softmax(p.scores + at, samples, s.weight);
   int64_t level = 0;
   while (level + 1 < p.L && row.q >= p.starts[level + 1]) ++level;
-  const int64_t cell = row.q - p.starts[level];
+  const int32_t cell = static_cast<int32_t>(row.q) - p.starts[level];
   // times the width before the division: on the query's own level the result is exact
   const A own_width = static_cast<A>(p.widths[level]), own_height = static_cast<A>(p.heights[level]);
   const A column = static_cast<A>(cell % p.widths[level]) + A(0.5);
   const A line = static_cast<A>(cell / p.widths[level]) + A(0.5);
-  for (int64_t k = 0; k < count; ++k) {
-    x[k] = column * width[k] / own_width - A(0.5) + points[2 * k];
-    y[k] = line * height[k] / own_height - A(0.5) + points[2 * k + 1];
-  }
+  for (int64_t k = 0; k < count; k += kPad)
+    for (int64_t i = k; i < k + kPad; ++i) {
+      x[i] = column * width[i] / own_width - A(0.5) + xy[2 * i];
+      y[i] = line * height[i] / own_height - A(0.5) + xy[2 * i + 1];
+    }
 }
 
-// Keeps NaN. Far outside is as good as just outside, and fits an int.
+// Keeps NaN. Far outside is as good as just outside, and fits an integer.
 template <typename A>
-inline A clamp(A x, A size) {
-  x = x < A(-2) ? A(-2) : x;
-  return x > size + 1 ? size + 1 : x;
+inline Vec<A> clamp(Vec<A> x, Vec<A> size) {
+  const Vec<A> low = Vec<A>{} - 2, high = size + 1;
+  x = x < low ? low : x;
+  return x > high ? high : x;
 }
 
-// Cells and factors of the samples [first, first + count).
+// Cells and factors of the samples [first, first + count), and of some behind them.
 template <typename T>
 inline void find_cells(int64_t first, int64_t count, const Scratch<T>& s) {
   using A = typename SumType<T>::type;
-  const int64_t end = first + (count + kPad - 1) / kPad * kPad;
-  const A* __restrict xs = s.x;
-  const A* __restrict ys = s.y;
-  const A* __restrict weights = s.weight;
-  const A* __restrict widths = s.width;
-  const A* __restrict heights = s.height;
-  const int32_t* __restrict wi = s.width_int;
-  const int32_t* __restrict hi = s.height_int;
-  const int32_t* __restrict starts = s.start;
-  A* __restrict fxs = s.fx;
-  A* __restrict fys = s.fy;
-  A* __restrict f00 = s.factor[0];
-  A* __restrict f01 = s.factor[1];
-  A* __restrict f10 = s.factor[2];
-  A* __restrict f11 = s.factor[3];
-  int32_t* __restrict c00 = s.cell[0];
-  int32_t* __restrict c01 = s.cell[1];
-  int32_t* __restrict c10 = s.cell[2];
-  int32_t* __restrict c11 = s.cell[3];
-  for (int64_t k = first; k < end; ++k) {
-    const A x = clamp(xs[k], widths[k]), y = clamp(ys[k], heights[k]);
-    const A left = floor_of(x), top = floor_of(y);
-    const A fx = x - left, fy = y - top, weight = weights[k];
-    const A above = weight - weight * fy, below = weight * fy;
-    fxs[k] = fx;
-    fys[k] = fy;
-    f00[k] = above - above * fx;
-    f01[k] = above * fx;
-    f10[k] = below - below * fx;
-    f11[k] = below * fx;
-    // a NaN is no place: outside, and its factors spread it
-    const int32_t j = static_cast<int32_t>(left >= A(-2) ? left : A(-2));
-    const int32_t i = static_cast<int32_t>(top >= A(-2) ? top : A(-2));
-    const int32_t cell = starts[k] + i * wi[k] + j;
-    const bool in_left = (j >= 0) & (j < wi[k]), in_right = (j >= -1) & (j + 1 < wi[k]);
-    const bool in_top = (i >= 0) & (i < hi[k]), in_bottom = (i >= -1) & (i + 1 < hi[k]);
-    c00[k] = (in_top & in_left) ? cell : -1;
-    c01[k] = (in_top & in_right) ? cell + 1 : -1;
-    c10[k] = (in_bottom & in_left) ? cell + wi[k] : -1;
-    c11[k] = (in_bottom & in_right) ? cell + wi[k] + 1 : -1;
+  constexpr int lanes = Vector<A>::lanes;
+  const Vec<A> outside = Vec<A>{} - 2;
+  for (int64_t k = first; k < first + count; k += lanes) {
+    const Vec<A> width = load(s.width + k), height = load(s.height + k), weight = load(s.weight + k);
+    const Vec<A> x = clamp<A>(load(s.x + k), width), y = clamp<A>(load(s.y + k), height);
+    // a NaN is no place: outside, and its factors spread it; from here -2 is the least, and adding 2 makes
+    // cutting off the same as rounding down
+    const IntVec<A> j = __builtin_convertvector((x == x ? x : outside) + 2, IntVec<A>) - 2;
+    const IntVec<A> i = __builtin_convertvector((y == y ? y : outside) + 2, IntVec<A>) - 2;
+    const IntVec<A> w = __builtin_convertvector(width, IntVec<A>), h = __builtin_convertvector(height, IntVec<A>);
+    const Vec<A> fx = x - __builtin_convertvector(j, Vec<A>), fy = y - __builtin_convertvector(i, Vec<A>);
+    const Vec<A> below = weight * fy, above = weight - below;
+    store(s.fx + k, fx);
+    store(s.fy + k, fy);
+    store(s.factor[0] + k, above - above * fx);
+    store(s.factor[1] + k, above * fx);
+    store(s.factor[2] + k, below - below * fx);
+    store(s.factor[3] + k, below * fx);
+    IntVec<A> start;
+    std::memcpy(&start, s.start + k, sizeof start);
+    const IntVec<A> cell = start + i * w + j;
+    const IntVec<A> in_left = (j >= 0) & (j < w), in_right = (j >= -1) & (j + 1 < w);
+    const IntVec<A> in_top = (i >= 0) & (i < h), in_bottom = (i >= -1) & (i + 1 < h);
+    const IntVec<A> cells[4] = {cell | ~(in_top & in_left), (cell + 1) | ~(in_top & in_right),
+                                (cell + w) | ~(in_bottom & in_left), (cell + w + 1) | ~(in_bottom & in_right)};
+    for (int corner = 0; corner < 4; ++corner) std::memcpy(s.cell[corner] + k, &cells[corner], sizeof start);
   }
 }
 
@@ -311,26 +341,34 @@ inline void sum_samples_rest(const T* map, int64_t stride, int64_t samples, cons
 }
 
 template <typename T>
-void forward(const Problem<T>& p, int64_t begin, int64_t end, char* block) {
+inline void forward_row(const Problem<T>& p, Row row, const Scratch<T>& s) {
   constexpr int lanes = Vector<typename SumType<T>::type>::lanes;
-  const Scratch<T> s(p, block);
   const int64_t samples = p.L * p.P, stride = p.M * p.D;
+  read_samples(p, row, 0, samples, s);
+  find_cells(0, samples, s);
+  const T* map = p.value + row.b * p.S * stride + row.m * p.D;
+  T* output = p.output + ((row.b * p.Q + row.q) * p.M + row.m) * p.D;
+  int64_t c = 0;
+  for (; c + kMaxVectors * lanes <= p.D; c += kMaxVectors * lanes)
+    sum_samples<T, kMaxVectors>(map + c, stride, samples, s, s.zeros + c, output + c);
+  if constexpr (kMaxVectors > 4)
+    for (; c + 4 * lanes <= p.D; c += 4 * lanes)
+      sum_samples<T, 4>(map + c, stride, samples, s, s.zeros + c, output + c);
+  for (; c + 2 * lanes <= p.D; c += 2 * lanes)
+    sum_samples<T, 2>(map + c, stride, samples, s, s.zeros + c, output + c);
+  for (; c + lanes <= p.D; c += lanes) sum_samples<T, 1>(map + c, stride, samples, s, s.zeros + c, output + c);
+  if (c < p.D) sum_samples_rest(map + c, stride, samples, s, p.D - c, output + c);
+}
+
+// Neighbouring queries of one head read nearly the same cells, so a head does a block of them before the next head.
+template <typename T>
+void forward(const Problem<T>& p, int64_t begin, int64_t end, char* block) {
+  const Scratch<T> s(p, block);
+  const int64_t blocks = p.query_blocks();
   for (int64_t task = begin; task < end; ++task) {
-    const Row row{task / p.M / p.Q, task / p.M % p.Q, task % p.M};
-    read_samples(p, row, 0, samples, s);
-    find_cells(0, samples, s);
-    const T* map = p.value + row.b * p.S * stride + row.m * p.D;
-    T* output = p.output + task * p.D;
-    int64_t c = 0;
-    for (; c + kMaxVectors * lanes <= p.D; c += kMaxVectors * lanes)
-      sum_samples<T, kMaxVectors>(map + c, stride, samples, s, s.zeros + c, output + c);
-    if constexpr (kMaxVectors > 4)
-      for (; c + 4 * lanes <= p.D; c += 4 * lanes)
-        sum_samples<T, 4>(map + c, stride, samples, s, s.zeros + c, output + c);
-    for (; c + 2 * lanes <= p.D; c += 2 * lanes)
-      sum_samples<T, 2>(map + c, stride, samples, s, s.zeros + c, output + c);
-    for (; c + lanes <= p.D; c += lanes) sum_samples<T, 1>(map + c, stride, samples, s, s.zeros + c, output + c);
-    if (c < p.D) sum_samples_rest(map + c, stride, samples, s, p.D - c, output + c);
+    const int64_t m = task % p.M, b = task / p.M / blocks, first = task / p.M % blocks * p.kQueryBlock;
+    const int64_t last = first + p.kQueryBlock < p.Q ? first + p.kQueryBlock : p.Q;
+    for (int64_t q = first; q < last; ++q) forward_row(p, Row{b, q, m}, s);
   }
 }
 
@@ -383,9 +421,9 @@ template <typename T>
 inline void finish_samples(const Problem<T>& p, int64_t at, int64_t first, int64_t count, const Scratch<T>& s) {
   using A = typename SumType<T>::type;
   for (int64_t k = first; k < first + count; ++k) {
-    const Vec<A>* dots = s.dots + 4 * k;
-    const A d00 = sum_lanes<A>(dots[0]), d01 = sum_lanes<A>(dots[1]);
-    const A d10 = sum_lanes<A>(dots[2]), d11 = sum_lanes<A>(dots[3]);
+    A dots[4];
+    sum_lanes_of_four(s.dots + 4 * k, dots);
+    const A d00 = dots[0], d01 = dots[1], d10 = dots[2], d11 = dots[3];
     const A fx = s.fx[k], fy = s.fy[k], weight = s.weight[k];
     const A top = d00 + (d01 - d00) * fx, bottom = d10 + (d11 - d10) * fx;
     const A along_x = (d01 - d00) * (1 - fy) + (d11 - d10) * fy;

@@ -75,8 +75,8 @@ const typename Stored<T>::type* pointer(const at::Tensor& tensor) {
   return reinterpret_cast<const typename Stored<T>::type*>(tensor.const_data_ptr<T>());
 }
 
-// Rows of a few microseconds; fewer than this are not worth a thread.
-constexpr int64_t kRowGrain = 64;
+// Rows of the softmax's gradient; fewer than this are not worth a thread.
+constexpr int64_t kRowGrain = 1024;
 
 }  // namespace
 
@@ -94,7 +94,7 @@ at::Tensor forward_cpu(const at::Tensor& value_, at::IntArrayRef shapes, const a
     call.problem.points = points.const_data_ptr<A>();
     call.problem.scores = scores.const_data_ptr<A>();
     call.problem.output = reinterpret_cast<T*>(output.data_ptr<scalar_t>());
-    call.run(call.kernels.forward, n.B * n.Q * n.M, kRowGrain);
+    call.run(call.kernels.forward, n.B * call.problem.query_blocks() * n.M, 1);
   });
   return output;
 }

@@ -38,6 +38,9 @@ struct Problem {
   A* grad_value;         // zeros at the start
   A* grad_points;
   A* grad_scores;  // fused: first of the softmax's results, then of the logits
+
+  static constexpr int64_t kQueryBlock = 32;
+  int64_t query_blocks() const { return (Q + kQueryBlock - 1) / kQueryBlock; }
 };
 
 // Each function does a range [begin, end) of its tasks; tasks write to different places, so that the result does not
@@ -45,7 +48,7 @@ struct Problem {
 template <typename T>
 struct Kernels {
   int64_t (*scratch_bytes)(const Problem<T>&);
-  // tasks: the B * Q * M output rows
+  // tasks: the B * query_blocks() * M blocks of output rows
   void (*forward)(const Problem<T>&, int64_t begin, int64_t end, char* scratch);
   // tasks: the B * M * L levels of the heads; all gradients that belong to a level, with queries in order
   void (*backward)(const Problem<T>&, int64_t begin, int64_t end, char* scratch);
