@@ -26,17 +26,21 @@ lint:
 	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT)
 
 test:
-	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(call PYTEST,not slow)
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(KERNELS) && $(call PYTEST,not slow)
 
 test-all:
-	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(call PYTEST,)
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(KERNELS) && $(call PYTEST,)
 
 LINT = echo "== style: ruff" && "$$python" -m ruff check . && echo "== types: mypy" && "$$python" -m mypy
+
+# Built where there is a compiler, and again only when something has changed.
+KERNELS = echo "== kernels" && "$$python" .ci/build_kernels.py
 
 # The last lines say what was skipped and why.
 PYTEST = echo "== tests: pytest" && \
 	{ "$$python" -m pytest -q -m "$(1)"; code=$$?; "$$python" .ci/environment.py --detectron2; exit $$code; }
 
 clean:
+	rm -f mask2former/_C.*.so mask2former/ops/_build_record.txt
 	rm -rf .venv results/demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find mask2former tests demo .ci -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -218,6 +218,8 @@ def kernel_builder(wish: str, reason: str) -> type:
 
         def build_extensions(self) -> None:
             planned = self.extensions[0]
+            # what an earlier build has left must not stand in for a failure of this one
+            Path(self.get_ext_fullpath(planned.name)).unlink(missing_ok=True)
             for extension in [planned] if wish != "auto" or reason else [planned, cpu_extension()]:
                 self.extensions[:] = [extension]
                 try:
