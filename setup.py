@@ -6,6 +6,7 @@ what this machine can build. A kernel that is named and cannot be built is an er
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -93,15 +94,16 @@ def import_torch() -> None:
         raise NotPossibleError("the kernels need GCC or Clang, and this is Windows")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     code = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-    try:
-        import torch
-    except ImportError:
+    if importlib.util.find_spec("torch") is None:
         command = [sys.executable, "-c", code]
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if found.returncode != 0 or not found.stdout.strip():
-            raise NotPossibleError("there was no PyTorch to build against") from None
+            raise NotPossibleError("there was no PyTorch to build against")
         sys.path.append(str(Path(found.stdout.strip()).parent))
+    try:
         import torch
+    except (ImportError, OSError) as error:  # a shared library of it that is missing or does not fit
+        raise NotPossibleError(f"PyTorch could not be imported: {first_line(error)}") from error
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         raise NotPossibleError(f"PyTorch was {torch.__version__}, and the kernels need 2.4")
 

@@ -120,7 +120,7 @@ class DeformablePixelDecoder(nn.Module):
             ]
             levels = self.transformer(maps)
             finest = levels[-1]
-            for number, name in reversed(list(enumerate(self._fpn_inputs, start=1))):
+            for number, name in reversed(list(enumerate(self._fpn_inputs, 1))):
                 lateral = getattr(self, f"adapter_{number}")(features[name].float())
                 upsampled = F.interpolate(finest, lateral.shape[-2:], mode="bilinear", align_corners=False)
                 finest = getattr(self, f"layer_{number}")(lateral + upsampled)
