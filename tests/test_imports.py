@@ -115,7 +115,7 @@ OUTSIDE: dict[str, set[str]] = {
 
 def test_the_scan_sees_imports() -> None:
     seen = {name for path in FILES for name, _ in _imports(path)}
-    assert "mask2former.ops.ms_deform_attn" in seen
+    assert "mask2former.ops.ms_deform_attn_fused" in seen
     assert "mask2former.modeling.structures.MaskTarget" in seen
     assert "torch" in seen
     assert {"ops", "modeling", "data", "evaluation", "solver", "build"} <= {_part_of(p) for p in FILES}
