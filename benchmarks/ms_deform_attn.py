@@ -88,6 +88,11 @@ def decoder_calls(batch: int, height: int, width: int, device: str) -> dict[str,
     decoder = DeformablePixelDecoder(
         in_channels=dict(zip(names, channels, strict=True)), in_strides=dict(zip(names, strides, strict=True))
     )
+    for layer in decoder.transformer.encoder.layers:
+        # an untrained model's offsets are the same for all queries; a trained one's are not,
+        # and neither are the op's above
+        torch.nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=channels[0] ** -0.5)
+        torch.nn.init.normal_(layer.self_attn.attention_weights.weight, std=channels[0] ** -0.5)
     decoder = decoder.to(device).eval()
     features = {
         name: torch.randn(batch, c, -(-height // s), -(-width // s), device=device)
