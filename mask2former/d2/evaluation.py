@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
@@ -94,6 +95,8 @@ class InstanceEvaluator(_CoreEvaluator):
 
     def update(self, record: dict[str, Any], output: dict[str, Any]) -> None:
         instances = output["instances"].to("cpu")
+        is_known = [label in self._labels for label in instances.pred_classes.tolist()]
+        instances = instances[torch.tensor(is_known, dtype=torch.bool)]  # no stuff, which has no average precision
         self._metric.update(
             record["image_id"],
             [self._labels[label] for label in instances.pred_classes.tolist()],
