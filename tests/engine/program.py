@@ -30,7 +30,10 @@ for split in ("train", "val"):
         catalog.register_lazily(name, partial(make, name))
 
 DEATH = os.environ.get("DIE", "").split(":")
-RANK = os.environ.get("RANK", "0")
+
+
+def rank():
+    return os.environ.get("RANK", "0")  # not known yet when a process imports this
 
 
 def die():
@@ -41,10 +44,10 @@ def recorded(run):
     def run_and_record(self, batch, iteration, **arguments):
         result = run(self, batch, iteration, **arguments)
         if "LOSSES" in os.environ:
-            path = os.environ["LOSSES"] + ("" if RANK == "0" else f".{RANK}")
+            path = os.environ["LOSSES"] + ("" if rank() == "0" else f".{rank()}")
             with Path(path).open("a") as file:
                 file.write(f"{iteration} {sum(result.losses.values()).hex()}\n")
-        if DEATH[:2] == ["step", str(iteration)] and DEATH[2:] in ([], [RANK]):
+        if DEATH[:2] == ["step", str(iteration)] and DEATH[2:] in ([], [rank()]):
             die()
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         return result
