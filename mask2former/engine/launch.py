@@ -147,10 +147,17 @@ def _configure(cfg: Any) -> None:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
 
 
+class _Console(logging.Handler):
+    """Prints to what is the program's output at that moment."""
+
+    def emit(self, entry: logging.LogRecord) -> None:
+        print(self.format(entry), flush=True)
+
+
 def _log_to_console() -> None:
     package = logging.getLogger("mask2former")
-    if not any(isinstance(handler, logging.StreamHandler) for handler in package.handlers):
-        handler = logging.StreamHandler(sys.stdout)
+    if not any(isinstance(handler, _Console) for handler in package.handlers):
+        handler = _Console()
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S"))
         package.addHandler(handler)
     package.setLevel(logging.INFO)

@@ -199,7 +199,8 @@ runpy.run_path("train_net.py", run_name="__main__")
 def test_train_net_never_imports_detectron2(tiny):
     """Train, resume and evaluate from the command line, with an import of Detectron2 forbidden."""
     settings = [*tiny.overrides(DATASETS__TRAIN="('coco_sample_val_sem_seg',)", DATASETS__TEST="()")]
-    settings += ["INPUT.DATASET_MAPPER_NAME", "mask_former_semantic", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    settings += ["INPUT.DATASET_MAPPER_NAME", "mask_former_semantic", "SOLVER.CHECKPOINT_PERIOD", "0"]
+    settings += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)"]
     words = ["--engine", "embedded", "--config-file", str(SMOKE)]
 
     def run(*flags, **environment):
@@ -209,9 +210,9 @@ def test_train_net_never_imports_detectron2(tiny):
     trained = run(*settings)
     assert trained.returncode == 0, trained.stderr
     assert "train_net.py: engine embedded (chosen)" in trained.stdout
-    resumed = run("--resume", *settings, "SOLVER.MAX_ITER", "5")
+    resumed = run("--resume", *settings, "SOLVER.MAX_ITER", "3")
     assert resumed.returncode == 0, resumed.stderr
-    assert "at iteration 4" in resumed.stdout
+    assert "at iteration 2" in resumed.stdout
     weights = str(tiny.folder / "output/model_final.pth")
     evaluated = run("--eval-only", *settings, "DATASETS.TEST", "('coco_sample_val_sem_seg',)", "MODEL.WEIGHTS", weights)
     assert evaluated.returncode == 0, evaluated.stderr
