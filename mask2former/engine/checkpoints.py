@@ -121,8 +121,16 @@ class CheckpointFolder:
                 old.unlink()
 
     def _failure(self, path: Path, error: Exception) -> str:
-        # The reason behind torch's own message is the error that it met while writing.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         last = self.last()
         rest = f"the last checkpoint is {last.name}" if last else "there is no checkpoint yet"
-        return f"{path} could not be written: {reason}; {rest}, and --resume goes on from it when there is room"
+        return f"{path} could not be written: {_reason(error)}; {rest}, and --resume goes on from it when there is room"
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said; torch hides it behind a message about positions in the file."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]

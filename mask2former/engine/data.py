@@ -1,6 +1,7 @@
 """Loaders over the core's catalog, and early checks that data sets and model fit."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mask2former import config
-from mask2former.data import CatalogEntry, MappedDataset, MappedSample, Record, catalog
+from mask2former.data import CatalogEntry, MappedDataset, Record, catalog
 from mask2former.data.training import PackedRecords, TestImage, batch_sampler, training_mapper, training_records
 from mask2former.engine.yaml_files import ConfigError
 from mask2former.training import images_per_process
@@ -93,7 +94,8 @@ def build_train_loader(
         MappedDataset(PackedRecords(records), mapper, seed),
         batch_sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_as_list,
+        collate_fn=_as_they_are,
+        worker_init_fn=_leave_interrupts_to_the_trainer,
         pin_memory=cfg.MODEL.DEVICE == "cuda",
     )
 
@@ -104,7 +106,7 @@ def build_test_loader(cfg: Any, records: Sequence[Record], *, rank: int = 0, wor
     read = TestImage(image_format=image_format, **config.test_resize_arguments(cfg))
     start, end = (len(records) * r // world_size for r in (rank, rank + 1))
     dataset = _TestDataset(records[start:end], read)
-    return DataLoader(dataset, batch_size=None, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    return DataLoader(dataset, batch_size=None, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=_as_they_are)
 
 
 class _TestDataset(Dataset[TestSample]):
@@ -117,11 +119,16 @@ class _TestDataset(Dataset[TestSample]):
 
     def __getitem__(self, index: int) -> TestSample:
         record = self.records[index]
-        return TestSample(record, *self.read(record))
+        return TestSample({k: v for k, v in record.items() if k != "annotations"}, *self.read(record))
 
     def __iter__(self) -> Iterator[TestSample]:
         return (self[index] for index in range(len(self)))
 
 
-def _as_list(samples: list[MappedSample]) -> list[MappedSample]:
+def _as_they_are(samples: Any) -> Any:
     return samples
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches the workers too; they must not end before the trainer has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

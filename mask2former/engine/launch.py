@@ -30,7 +30,8 @@ _FOR_USERS = (ValueError, FileNotFoundError, UnknownDatasetError, CheckpointErro
 
 def parser() -> argparse.ArgumentParser:
     """The arguments, which are Detectron2's."""
-    arguments = argparse.ArgumentParser(prog="train_net.py", description=__doc__)
+    engines = "--engine auto|detectron2|embedded, before the others, chooses the engine."
+    arguments = argparse.ArgumentParser(prog="train_net.py", description=__doc__, epilog=engines)
     arguments.add_argument("--config-file", metavar="FILE", default=None, help="YAML config")
     arguments.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     arguments.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train")
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags:
         say(f"flags must stand before the first KEY VALUE, got {flags[0]} after {args.opts[0]}")
         return 2
-    if is_launched() or args.num_gpus * args.num_machines == 1:
+    if is_launched() or args.num_gpus * args.num_machines <= 1:
         return run(words)
     try:
         get_config(args.config_file, args.opts)  # mistakes are told once, not by each process

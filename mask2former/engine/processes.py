@@ -76,6 +76,7 @@ def make_fabric(cfg: Any) -> Fabric:
     device = cfg.MODEL.DEVICE
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
     _check_device(device, local)
+    _check_norm(cfg, local)
     world = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
     if device == "cpu" and local > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # or each would take all cores
@@ -104,6 +105,15 @@ def _check_device(device: str, processes: int) -> None:
         raise ConfigError(f"--num-gpus must be at most {torch.cuda.device_count()} on this machine, got {processes}")
     if device == "mps" and processes > 1:
         raise ConfigError(f"--num-gpus must be 1 with MODEL.DEVICE mps, got {processes}")
+
+
+def _check_norm(cfg: Any, processes: int) -> None:
+    model = cfg.MODEL
+    if "resnet" in model.BACKBONE.NAME and model.RESNETS.NORM == "SyncBN" and model.DEVICE != "cuda" and processes > 1:
+        raise ConfigError(
+            f"MODEL.RESNETS.NORM must be FrozenBN or BN with {processes} processes on MODEL.DEVICE {model.DEVICE}, got "
+            "'SyncBN', which PyTorch has for GPUs only"
+        )
 
 
 def _precision(cfg: Any) -> Precision:

@@ -146,6 +146,7 @@ def assert_close_models(a, b, tolerance=1e-5):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+OTHERS = ["SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.OPTIMIZER", "SGD"]
 R50 = ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.BACKBONE.FREEZE_AT", "2"]
 
 
@@ -153,8 +154,8 @@ R50 = ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.BACKBONE.FREEZE_AT
     "changes",
     [
         [],
-        ["SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.OPTIMIZER", "SGD"],
-        ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"],
+        pytest.param(OTHERS, marks=pytest.mark.slow),
+        pytest.param(["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"], marks=pytest.mark.slow),
         pytest.param(R50, marks=pytest.mark.slow),
     ],
     ids=["plain", "accumulation-poly-sgd", "bfloat16", "r50"],
@@ -173,7 +174,11 @@ def test_twenty_iterations_give_the_same_losses_weights_and_results(both, tmp_pa
         assert ours.last_results[task] == pytest.approx(values, abs=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize("precision", [[], ["SOLVER.AMP.ENABLED", "True"]], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    "precision",
+    [[], pytest.param(["SOLVER.AMP.ENABLED", "True"], marks=pytest.mark.slow)],
+    ids=["float32", "float16"],
+)
 @pytest.mark.parametrize("first", ["detectron2", "embedded"])
 def test_a_training_changes_engines(both, tmp_path, first, precision):
     """Stopped after two of four iterations in one engine and resumed in the other: as if it had not stopped."""

@@ -54,13 +54,13 @@ class Tiny:
         words = [sys.executable, *program, "--config-file", SMOKE, *flags, *self.overrides(**changes)]
         return [str(word) for word in words]
 
-    def start(self, *flags, environment=(), program=(PROGRAM,), **changes):
+    def start(self, *flags, environment=(), program=(PROGRAM,), own_group=False, **changes):
         """Start the program in a process of its own."""
         losses = self.folder / "losses"
         variables = {**self.environment, "LOSSES": str(losses), **dict(environment)}
         command = self.command(*flags, program=program, **changes)
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=variables, cwd=ROOT, **streams)
+        return subprocess.Popen(command, env=variables, cwd=ROOT, start_new_session=own_group, **streams)
 
     def run(self, *flags, environment=(), program=(PROGRAM,), timeout=300, **changes):
         """Run the program to its end."""

@@ -43,7 +43,14 @@ def assert_equals(tiny, uninterrupted):
         assert torch.equal(tensor, ends[1]["model"][name]), name
 
 
-@pytest.mark.parametrize("death", ["step:5", "write:2:0", "write:2:1000000", "write:12:20000", "rename:1", "rename:12"])
+@pytest.mark.parametrize(
+    "death",
+    [
+        "step:5",
+        "write:2:1000000",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("write:2:0", "write:12:20000", "rename:1", "rename:12")),
+    ],
+)
 def test_death_at_a_chosen_moment(tiny, uninterrupted, death):
     killed = tiny.run(environment={"DIE": death}, **CHANGES)
     assert killed.code == -signal.SIGKILL

@@ -1,5 +1,6 @@
 """Several processes: they equal one, they end together, and their launchers agree."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def test_two_processes_train_evaluate_and_resume(tiny):
     assert tiny.folder.joinpath("losses.1").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same(tiny, make_tiny):
     own = tiny.run("--num-gpus", "2", **ITERATIONS)
     assert own.code == 0, own.text
@@ -46,6 +48,7 @@ def tiny_program():
     return PROGRAM
 
 
+@pytest.mark.slow
 def test_two_machines(tiny):
     """Two launchers with one process each, as on two machines."""
     flags = ("--num-gpus", "1", "--num-machines", "2", "--dist-url", "tcp://127.0.0.1:29711")
@@ -69,6 +72,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tiny):
     assert "SIGKILL" in result.text or "-9" in result.text
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny):
     for flags in ((), ("--num-gpus", "2")):
         process = tiny.start(*flags, environment={"STEP_SECONDS": "0.2"}, SOLVER__MAX_ITER=100, SOLVER__STEPS="(90,)")
@@ -83,6 +87,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny):
         (tiny.folder / "losses").unlink()
 
 
+def test_ctrl_c_reaches_workers_and_launcher_too(tiny):
+    """A terminal sends the signal to every process of the program."""
+    process = tiny.start(
+        "--num-gpus", "2", environment={"STEP_SECONDS": "0.2"}, own_group=True,
+        SOLVER__MAX_ITER=100, SOLVER__STEPS="(90,)", DATALOADER__NUM_WORKERS=1,
+    )  # fmt: skip
+    wait_for_steps(tiny, 2)
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert text.count("to go on: python train_net.py --resume") == 1
+    last = (tiny.folder / "output/last_checkpoint").read_text()
+    assert torch.load(tiny.folder / "output" / last)["iteration"] == max(tiny.losses())
+
+
+@pytest.mark.slow
 def test_sigterm_saves_too(tiny):
     process = tiny.start(environment={"STEP_SECONDS": "0.2"}, SOLVER__MAX_ITER=100, SOLVER__STEPS="(90,)")
     wait_for_steps(tiny, 1)
@@ -140,7 +160,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", ["full", "empty"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "empty"])
 def test_two_processes_equal_one_with_the_double_batch(tiny, kind):
     """The losses and weights over five steps, also when the second process has images without any object."""
     program = tiny.folder / "double.py"
@@ -174,6 +194,14 @@ def test_two_processes_equal_one_with_the_double_batch(tiny, kind):
 def test_addresses_are_checked(changes, message):
     with pytest.raises(ConfigError, match=message):
         launch(print, **{"processes": 2, **changes})
+
+
+@pytest.mark.slow
+def test_synchronised_normalisation_needs_gpus(tiny):
+    resnet = {"MODEL__BACKBONE__NAME": "build_resnet_backbone", "MODEL__RESNETS__NORM": "SyncBN"}
+    result = tiny.run("--num-gpus", "2", **resnet)
+    assert result.code == 1
+    assert "MODEL.RESNETS.NORM must be FrozenBN or BN with 2 processes on MODEL.DEVICE cpu, got 'SyncBN'" in result.text
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny):
