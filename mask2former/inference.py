@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mask2former import config
+from mask2former.checkpoint import TASKS, PredictionSettings
 from mask2former.modeling.postprocessing import (
     InstanceResult,
     MaskGeometry,
@@ -28,6 +30,21 @@ class ImageResult(NamedTuple):
     semantic: Tensor | None
     panoptic: PanopticResult | None
     instances: InstanceResult | None
+
+
+def prediction_settings(cfg: Any) -> PredictionSettings:
+    """How the model of a config predicts outside a training: what MODEL.MASK_FORMER.TEST and INPUT say."""
+    inference = config.inference_arguments(cfg)
+    tasks = [task for task in TASKS if inference[f"{task}_on"]]
+    return PredictionSettings(
+        tasks=tuple(tasks),
+        object_mask_threshold=inference["object_mask_threshold"],
+        overlap_threshold=inference["overlap_threshold"],
+        top_k=inference["top_k"],
+        score_threshold=inference["score_threshold"],
+        semantic_resize_first=inference["sem_seg_postprocessing_before_inference"],
+        **config.test_resize_arguments(cfg),
+    )
 
 
 def image_result(
