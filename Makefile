@@ -4,15 +4,16 @@ export TORCH_SPEC
 
 ENVIRONMENT = "$(PYTHON)" .ci/environment.py
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo train test test-all lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      segment the sample pictures, results in results/demo"
+	@echo "make train     train a small model on the sample pictures, results in results/train: some minutes"
 	@echo "make test      style, types and tests: some minutes"
 	@echo "make test-all  the same and the slow tests"
 	@echo "make lint      style and types alone"
-	@echo "make clean     remove .venv, results/demo, caches and build folders"
+	@echo "make clean     remove .venv, results, caches and build folders"
 	@echo
 	@echo "Packages that the machine has are used; missing ones are installed into .venv."
 	@echo "PYTHON=...     another interpreter; one of a virtual environment is used as it is"
@@ -22,14 +23,19 @@ demo:
 	@python="$$($(ENVIRONMENT) requirements.txt)" && \
 	"$$python" demo/demo.py --input demo/pictures --output results/demo
 
+train:
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-train.txt)" && \
+	"$$python" train_net.py --engine embedded --config-file configs/quick_schedules/sample_minutes.yaml \
+		--resume OUTPUT_DIR results/train
+
 lint:
-	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT)
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-train.txt requirements-dev.txt)" && $(LINT)
 
 test:
-	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(KERNELS) && $(call PYTEST,not slow)
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-train.txt requirements-dev.txt)" && $(LINT) && $(KERNELS) && $(call PYTEST,not slow)
 
 test-all:
-	@python="$$($(ENVIRONMENT) requirements.txt requirements-dev.txt)" && $(LINT) && $(KERNELS) && $(call PYTEST,)
+	@python="$$($(ENVIRONMENT) requirements.txt requirements-train.txt requirements-dev.txt)" && $(LINT) && $(KERNELS) && $(call PYTEST,)
 
 LINT = echo "== style: ruff" && "$$python" -m ruff check . && echo "== types: mypy" && "$$python" -m mypy
 
@@ -42,5 +48,5 @@ PYTEST = echo "== tests: pytest" && \
 
 clean:
 	rm -f mask2former/_C.*.so mask2former/ops/_build_record.txt
-	rm -rf .venv results/demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv results/demo results/train build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find mask2former tests demo .ci -name __pycache__ -type d -prune -exec rm -rf {} +

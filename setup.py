@@ -276,7 +276,10 @@ setup(
     packages=find_packages(include=["mask2former", "mask2former.*"]),
     package_data={"mask2former.data": ["categories/*.json"]},
     install_requires=requirements("requirements.txt"),
-    extras_require={"dev": requirements("requirements-dev.txt")},
+    extras_require={
+        "dev": requirements("requirements-dev.txt"),
+        "train": requirements("requirements-train.txt"),
+    },
     zip_safe=False,
     **build_arguments(),
 )

@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, metavar="FILE", help="model file (default: demo/model.safetensors)"
     )
-    source.add_argument("--config-file", type=Path, metavar="FILE", help="config instead; needs Detectron2")
+    source.add_argument("--config-file", type=Path, metavar="FILE", help="config instead; with --opts MODEL.WEIGHTS W")
     parser.add_argument("--task", choices=("panoptic", "instance", "semantic"), help="default: the model's first")
     parser.add_argument(
         "--confidence-threshold",
@@ -172,14 +172,17 @@ def _make_predictor(args: argparse.Namespace) -> Predictor:
 def _predictor_from_config(config_file: Path, overrides: Sequence[str], device: str) -> Predictor:
     if not config_file.is_file():
         raise CommandError(f"--config-file: there is no file {config_file}")
-    if importlib.util.find_spec("detectron2") is None:
+    if importlib.util.find_spec("detectron2") is not None:
+        from mask2former.d2 import predictor_from_config
+        from mask2former.d2.config import get_config
+    elif importlib.util.find_spec("yaml") is not None:
+        from mask2former.engine.config import get_config
+        from mask2former.engine.predictor import predictor_from_config
+    else:
         raise CommandError(
-            "--config-file needs Detectron2, which is not installed (see README.md); "
-            "--model with a model file works without it"
+            "--config-file needs PyYAML or Detectron2, and neither is installed (see README.md); "
+            "--model with a model file works without them"
         )
-    from mask2former.d2 import predictor_from_config
-    from mask2former.d2.config import get_config
-
     try:
         return predictor_from_config(get_config(config_file, ["MODEL.DEVICE", device, *overrides]))
     except (OSError, KeyError, ValueError) as error:

@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 DTYPES = ("float16", "float32")
 
@@ -24,16 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export.error(f"--to must end with .safetensors, got {args.to}")
     if not all("=" in note for note in args.note):
         export.error(f"--note must have the form NAME=TEXT, got {args.note}")
-    if find_spec("detectron2") is None:
-        print("export needs Detectron2 to read the config, and it is not installed; see README.md", file=sys.stderr)
-        return 2
     return _export(args)
 
 
 def _export(args: argparse.Namespace) -> int:
     import torch
 
-    from mask2former.d2 import export_model, get_config
+    export_model: Callable[..., Any]
+    get_config: Callable[..., Any]
+    if find_spec("detectron2") is None:
+        from mask2former.engine.config import get_config
+        from mask2former.engine.predictor import export_model
+    else:
+        from mask2former.d2 import export_model, get_config
 
     cfg = get_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", args.weights])
     notes = dict(note.split("=", 1) for note in args.note)

@@ -3,10 +3,11 @@
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import IO, Any, Literal, NamedTuple, get_args
 
 import safetensors.torch
 import torch
@@ -251,7 +252,14 @@ def load_weights(
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all, also when the power fails; an older one is replaced.
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write to that appears complete or not at all, also when the power fails; an older one is replaced.
 
     Raises:
         OSError: if it cannot be written.
@@ -260,13 +268,25 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last; where folders cannot be opened, as on Windows, the system does it in its own time."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_threshold(name: str, value: float) -> None:

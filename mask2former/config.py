@@ -26,6 +26,10 @@ DEFAULTS: dict[str, Any] = {
     "SOLVER.POLY_LR_CONSTANT_ENDING": 0.0,
     "SOLVER.ACCUMULATION_STEPS": 1,  # new
     "SOLVER.AMP.DTYPE": "float16",  # new
+    "SOLVER.EMA.ENABLED": False,  # new, embedded engine only
+    "SOLVER.EMA.DECAY": 0.9999,  # new
+    "SOLVER.CHECKPOINTS_KEPT": 0,  # new; 0 keeps all
+    "LOGGING.WANDB_PROJECT": "",  # new, embedded engine only
     # DeepLab's default is "deeplab", but `build_resnet_backbone` builds the basic stem whatever this says.
     "MODEL.RESNETS.STEM_TYPE": "basic",
     "MODEL.RESNETS.RES4_DILATION": 1,
@@ -340,6 +344,23 @@ def step_arguments(cfg: Any) -> dict[str, Any]:
     return {
         "accumulation_steps": _at_least(cfg, "SOLVER.ACCUMULATION_STEPS", 1),
         "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED else None,
+    }
+
+
+def run_arguments(cfg: Any) -> dict[str, Any]:
+    """What a training writes besides its last weights.
+
+    Returns:
+        ema_decay: of the average of the weights over time, None without one. checkpoints_kept: the last so many,
+        None for all. wandb_project: where Weights & Biases gets the numbers, None for nowhere.
+    """
+    ema = cfg.SOLVER.EMA
+    if not 0 < ema.DECAY < 1:
+        raise ValueError(f"SOLVER.EMA.DECAY must be between 0 and 1, got {ema.DECAY!r}")
+    return {
+        "ema_decay": ema.DECAY if ema.ENABLED else None,
+        "checkpoints_kept": _at_least(cfg, "SOLVER.CHECKPOINTS_KEPT", 0) or None,
+        "wandb_project": cfg.LOGGING.WANDB_PROJECT or None,
     }
 
 

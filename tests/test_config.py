@@ -103,6 +103,7 @@ TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
     config.schedule_arguments,
     config.clip_arguments,
     config.step_arguments,
+    config.run_arguments,
     config.architecture_arguments,
 ]
 

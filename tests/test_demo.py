@@ -364,19 +364,20 @@ def test_device_that_is_not_there(
     assert f"demo: --device {device} cannot be used: " in capsys.readouterr().err
 
 
-def test_config_file_without_detectron2(
+def test_config_file_without_any_reader(
     run: Callable[..., int],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "detectron2", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "yaml", None)  # type: ignore[arg-type]
     config = tmp_path / "c.yaml"
     config.write_text("MODEL: {}")
     image = save(tmp_path / "a.png")
     assert run("--input", image, "--config-file", config) == 2
     error = capsys.readouterr().err
-    assert "needs Detectron2, which is not installed" in error
+    assert "needs PyYAML or Detectron2, and neither is installed" in error
     assert "--model" in error
     assert run("--input", image, "--config-file", tmp_path / "none.yaml") == 2
     assert "there is no file" in capsys.readouterr().err

@@ -16,20 +16,14 @@ from torch.utils.data import DataLoader
 from mask2former import config
 from mask2former.data import (
     CatalogEntry,
-    LargeScaleJitter,
     MappedDataset,
-    ResizeCropColor,
-    ResizeShortestEdge,
     SegmentationMapper,
-    TrainingBatchSampler,
     catalog,
-    filter_empty,
-    read_image,
 )
+from mask2former.data.training import TestImage, batch_sampler, training_mapper, training_records
+from mask2former.training import images_per_process
 
 logger = logging.getLogger(__name__)
-
-_RECIPES = {"lsj": LargeScaleJitter, "resize_crop_color": ResizeCropColor}
 
 
 def register_datasets() -> None:
@@ -103,9 +97,7 @@ class MaskFormerDatasetMapper:
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
-        arguments = config.mapper_arguments(cfg)
-        augmentation = _RECIPES[arguments.pop("recipe")](**arguments.pop("augmentation"))
-        return {"mapper": SegmentationMapper(augmentation=augmentation, **arguments)}
+        return {"mapper": training_mapper(**config.mapper_arguments(cfg))}
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> dict[str, Any]:
         """Map a training record.
@@ -135,15 +127,13 @@ class TestMapper:
     __test__ = False  # the name is no test class
 
     def __init__(self, cfg: Any) -> None:
-        self.image_format = config.input_arguments(cfg)["image_format"]
-        self.resize = ResizeShortestEdge(**config.test_resize_arguments(cfg))
+        image_format = config.input_arguments(cfg)["image_format"]
+        self.read = TestImage(image_format=image_format, **config.test_resize_arguments(cfg))
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        image = read_image(record["file_name"], self.image_format)
+        image, (height, width) = self.read(record)
         kept = {k: v for k, v in record.items() if k != "annotations"}
-        kept["height"], kept["width"] = image.shape[:2]
-        resized = np.ascontiguousarray(self.resize(image).transpose(2, 0, 1))  # (3, H, W)
-        return kept | {"image": torch.from_numpy(resized)}
+        return kept | {"image": image, "height": height, "width": width}
 
 
 def build_train_loader(cfg: Any, start_batch: int = 0) -> DataLoader:
@@ -160,30 +150,19 @@ def build_train_loader(cfg: Any, start_batch: int = 0) -> DataLoader:
         raise ValueError(
             f"DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', got {cfg.DATALOADER.SAMPLER_TRAIN!r}"
         )
-    world_size = comm.get_world_size()
-    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world_size)
-    if rest or batch_size < 1:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes {world_size}, got "
-            f"{cfg.SOLVER.IMS_PER_BATCH}"
-        )
-    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and records and "annotations" in records[0]:
-        before, records = len(records), filter_empty(records)
-        logger.info("Removed %d images without annotations, %d left", before - len(records), len(records))
-    if not records:
-        raise ValueError(f"DATASETS.TRAIN must give at least one image, got none from {cfg.DATASETS.TRAIN}")
-    ratios = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING and all("width" in r and "height" in r for r in records):
-        ratios = [r["width"] / r["height"] for r in records]
+    batch_size = images_per_process(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    everything = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    without_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    records = training_records(everything, cfg.DATASETS.TRAIN, without_empty=without_empty)
+    logger.info("Removed %d images without annotations, %d left", len(everything) - len(records), len(records))
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    sampler = TrainingBatchSampler(
-        num_records=len(records),
+    sampler = batch_sampler(
+        records,
+        group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         batch_size=batch_size,
         seed=seed,
         rank=comm.get_rank(),
-        world_size=world_size,
-        aspect_ratios=ratios,
+        world_size=comm.get_world_size(),
         start_batch=start_batch,
     )
     logger.info("Training on %d images in batches of %d a process", len(records), batch_size)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
@@ -14,6 +15,7 @@ from mask2former.d2.data import is_thing_of
 from mask2former.data import read_label_map, read_panoptic_colors
 from mask2former.data.targets import panoptic_ids
 from mask2former.evaluation import InstanceAP, PanopticQuality, SemanticIoU
+from mask2former.evaluation.tasks import evaluated_tasks
 
 
 class _CoreEvaluator(DatasetEvaluator):
@@ -93,6 +95,8 @@ class InstanceEvaluator(_CoreEvaluator):
 
     def update(self, record: dict[str, Any], output: dict[str, Any]) -> None:
         instances = output["instances"].to("cpu")
+        is_known = [label in self._labels for label in instances.pred_classes.tolist()]
+        instances = instances[torch.tensor(is_known, dtype=torch.bool)]  # no stuff, which has no average precision
         self._metric.update(
             record["image_id"],
             [self._labels[label] for label in instances.pred_classes.tolist()],
@@ -124,33 +128,17 @@ def build_evaluator(cfg: Any, dataset_name: str, output_dir: str | None = None) 
     """
     metadata = MetadataCatalog.get(dataset_name)
     kind = getattr(metadata, "evaluator_type", None)
-    known = {
-        "coco": ("instance",),
-        "coco_panoptic_seg": ("panoptic", "instance", "semantic"),
-        "sem_seg": ("semantic",),
-    }
-    if kind not in known:
-        raise ValueError(
-            f"evaluator_type of data set {dataset_name!r} must be one of {sorted(known)}, got {kind!r}"
-        )
     makers = {
         "panoptic": lambda: PanopticEvaluator(dataset_name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES),
         "instance": lambda: InstanceEvaluator(dataset_name, output_dir),
         "semantic": lambda: SemanticEvaluator(dataset_name),
     }
     settings = inference_arguments(cfg)
-    tasks = [task for task in known[kind] if settings[f"{task}_on"] and _has_ground_truth(metadata, task)]
-    if not tasks:
-        raise ValueError(
-            f"data set {dataset_name!r} can be evaluated for {known[kind]}, but of these MODEL.MASK_FORMER.TEST "
-            "switches none on"
-        )
+    tasks = evaluated_tasks(dataset_name, kind, settings, lambda task: _has_ground_truth(metadata, task))
     return DatasetEvaluators([makers[task]() for task in tasks])
 
 
 def _has_ground_truth(metadata: Any, task: str) -> bool:
-    """Whether a panoptic data set comes with the files of a task; others have nothing but their own."""
-    if metadata.evaluator_type != "coco_panoptic_seg":
-        return True
+    """Whether a panoptic data set comes with the files of a task."""
     field = {"panoptic": "panoptic_json", "instance": "json_file", "semantic": "sem_seg_root"}[task]
     return getattr(metadata, field, None) is not None

@@ -12,14 +12,10 @@ from torch import Tensor
 
 from mask2former.config import criterion_arguments, inference_arguments, input_arguments
 from mask2former.d2.data import is_thing_of
+from mask2former.inference import image_result
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.modeling.postprocessing import (
-    MaskGeometry,
-    instance_segmentation,
-    panoptic_segmentation,
-    semantic_segmentation,
-)
+from mask2former.modeling.postprocessing import MaskGeometry
 from mask2former.modeling.structures import MaskPrediction, MaskTarget
 
 
@@ -102,34 +98,19 @@ class MaskFormer(Mask2Former):
         return results
 
     def _results(self, prediction: MaskPrediction, geometry: MaskGeometry) -> dict[str, Any]:
-        settings, results = self.inference, {}
-        if settings["semantic_on"]:
-            resize_first = settings["sem_seg_postprocessing_before_inference"]
-            results["sem_seg"] = semantic_segmentation(*prediction, geometry, resize_first=resize_first)
-        if settings["panoptic_on"]:
-            panoptic = panoptic_segmentation(
-                *prediction,
-                geometry,
-                is_thing=self.is_thing,
-                object_mask_threshold=settings["object_mask_threshold"],
-                overlap_threshold=settings["overlap_threshold"],
-            )
-            segments = [asdict(s) | {"isthing": s.is_thing} for s in panoptic.segments]
-            results["panoptic_seg"] = (panoptic.ids, segments)
-        if settings["instance_on"]:
-            instances = instance_segmentation(
-                *prediction,
-                geometry,
-                top_k=settings["top_k"],
-                is_thing=self.is_thing if settings["panoptic_on"] else None,
-                score_threshold=settings["score_threshold"],
-            )
+        result, results = image_result(prediction, geometry, self.inference, lambda: self.is_thing), {}
+        if result.semantic is not None:
+            results["sem_seg"] = result.semantic
+        if result.panoptic is not None:
+            segments = [asdict(s) | {"isthing": s.is_thing} for s in result.panoptic.segments]
+            results["panoptic_seg"] = (result.panoptic.ids, segments)
+        if result.instances is not None:
             results["instances"] = Instances(
                 geometry.output_size,
-                pred_classes=instances.labels,
-                scores=instances.scores,
-                pred_masks=instances.masks,
-                pred_boxes=Boxes(instances.boxes),
+                pred_classes=result.instances.labels,
+                scores=result.instances.scores,
+                pred_masks=result.instances.masks,
+                pred_boxes=Boxes(result.instances.boxes),
             )
         return results
 

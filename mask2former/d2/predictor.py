@@ -10,11 +10,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 
 from mask2former import config
-from mask2former.checkpoint import ModelDescription, PredictionSettings, save_model_file
+from mask2former.checkpoint import ModelDescription, save_model_file
 from mask2former.d2.data import is_thing_of
 from mask2former.d2.meta_arch import MaskFormer
 from mask2former.d2.trainer import Trainer
 from mask2former.data import Category
+from mask2former.inference import prediction_settings
 from mask2former.predictor import Predictor
 
 
@@ -30,7 +31,7 @@ def predictor_from_config(cfg: Any) -> Predictor:
         categories=_categories(cfg, model),
         image_format=model.input_format,
         device=cfg.MODEL.DEVICE,
-        **asdict(_settings(cfg)),
+        **asdict(prediction_settings(cfg)),
     )
 
 
@@ -52,7 +53,7 @@ def export_model(
     description = ModelDescription(
         architecture=config.architecture_arguments(cfg),
         categories=_categories(cfg, model),
-        settings=_settings(cfg),
+        settings=prediction_settings(cfg),
         notes=dict(notes or {}),
     )
     save_model_file(path, model, description, dtype=dtype)
@@ -92,17 +93,3 @@ def _load_model(cfg: Any) -> MaskFormer:
 
 def _categories(cfg: Any, model: MaskFormer) -> tuple[Category, ...]:
     return categories_of(MetadataCatalog.get(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
-
-
-def _settings(cfg: Any) -> PredictionSettings:
-    inference = config.inference_arguments(cfg)
-    tasks = [task for task in ("panoptic", "instance", "semantic") if inference[f"{task}_on"]]
-    return PredictionSettings(
-        tasks=tuple(tasks),
-        object_mask_threshold=inference["object_mask_threshold"],
-        overlap_threshold=inference["overlap_threshold"],
-        top_k=inference["top_k"],
-        score_threshold=inference["score_threshold"],
-        semantic_resize_first=inference["sem_seg_postprocessing_before_inference"],
-        **config.test_resize_arguments(cfg),
-    )

@@ -1,17 +1,16 @@
 """Detectron2's trainer with the core's optimizer, schedule, loader and evaluators."""
 
 import logging
-import resource
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
@@ -21,14 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from mask2former import config, solver
+from mask2former import config, solver, training
 from mask2former.d2.data import build_test_loader, build_train_loader
 from mask2former.d2.evaluation import build_evaluator
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
-
-_MAX_SKIPPED_STEPS = 10  # in a row, for a loss that is not finite
 
 
 class Trainer(DefaultTrainer):
@@ -41,6 +38,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: Any) -> None:
         # not DefaultTrainer's own: it knows only its own steps, and distributes over GPUs only
         super(DefaultTrainer, self).__init__()
+        _refuse_what_only_the_embedded_engine_does(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -103,6 +101,14 @@ class Trainer(DefaultTrainer):
         """The evaluators of a data set."""
         return build_evaluator(cfg, dataset_name, str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name))
 
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks; of its periodic checkpoints as many are kept as SOLVER.CHECKPOINTS_KEPT says."""
+        every = super().build_hooks()
+        for hook in every:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = config.run_arguments(self.cfg)["checkpoints_kept"]
+        return every
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of the output folder, or MODEL.WEIGHTS; the data go on where they stopped."""
         super().resume_or_load(resume)
@@ -123,12 +129,7 @@ class MaskFormerStep(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         step = config.step_arguments(cfg)
         self.accumulation_steps = step["accumulation_steps"]
-        images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-        if images % self.accumulation_steps:
-            raise ValueError(
-                f"SOLVER.ACCUMULATION_STEPS must divide the {images} images of a process, got "
-                f"{self.accumulation_steps}"
-            )
+        training.images_per_process(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), self.accumulation_steps)
         self.clip = config.clip_arguments(cfg)
         self.clips = self.clip.pop("enabled")
         self.device_type = torch.device(cfg.MODEL.DEVICE).type
@@ -136,7 +137,7 @@ class MaskFormerStep(SimpleTrainer):
         # only half precision needs its loss scaled: bfloat16 has the range of float32
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=self.amp_dtype is torch.float16)
         self.seed = cfg.SEED
-        self.skipped_in_a_row = 0
+        self.skipped = training.SkippedSteps()
 
     def run_step(self) -> None:
         """Draw a batch, add up the gradients of its parts, clip, step.
@@ -154,7 +155,7 @@ class MaskFormerStep(SimpleTrainer):
         if self._skips(losses):
             return
         self._write_metrics(losses, data_time)
-        get_event_storage().put_scalar("memory_mb", _peak_memory_mb(self.device_type))
+        get_event_storage().put_scalar("memory_mb", training.peak_memory_mb(self.device_type))
         self.grad_scaler.unscale_(self.optimizer)
         if self.clips:
             solver.clip_gradients(self.model.parameters(), **self.clip)
@@ -163,33 +164,28 @@ class MaskFormerStep(SimpleTrainer):
 
     def _backward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Mean losses over the parts of the batch, with their gradients in the parameters."""
-        total: dict[str, Tensor] = {}
-        for part, is_last in _parts(batch, self.accumulation_steps):
-            waits = isinstance(self.model, DistributedDataParallel) and not is_last
-            with self.model.no_sync() if waits else nullcontext():
-                with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                    losses = self.model(part)
-                losses = {name: loss / self.accumulation_steps for name, loss in losses.items()}
-                self.grad_scaler.scale(sum(losses.values())).backward()
-            for name, loss in losses.items():
-                total[name] = total.get(name, 0) + loss.detach()
-        return total
+        is_distributed = isinstance(self.model, DistributedDataParallel)
+        return training.accumulate_gradients(
+            batch,
+            self.accumulation_steps,
+            losses_of=self._losses,
+            backward=lambda loss: self.grad_scaler.scale(loss).backward(),
+            without_synchronisation=self.model.no_sync if is_distributed else nullcontext,
+        )
+
+    def _losses(self, part: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return self.model(part)
 
     def _skips(self, losses: dict[str, Tensor]) -> bool:
         """Whether any process has a loss that is not finite, so that this step must change nothing."""
         is_bad = not torch.isfinite(sum(losses.values())).item()
-        if not any(comm.all_gather(is_bad)):
-            self.skipped_in_a_row = 0
-            return False
-        self.skipped_in_a_row += 1
-        values = {name: loss.item() for name, loss in losses.items()}
-        if self.skipped_in_a_row >= _MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"the loss was not finite in {self.skipped_in_a_row} iterations in a row, last in iteration "
-                f"{self.iter}: {values}; lower SOLVER.BASE_LR, or set SOLVER.AMP.DTYPE bfloat16"
-            )
-        logger.warning("Iteration %d is skipped, its loss is not finite: %s", self.iter, values)
-        return True
+        is_finite = not any(comm.all_gather(is_bad))
+        values = {} if is_finite else {name: loss.item() for name, loss in losses.items()}
+        skips = self.skipped.skips(is_finite, self.iter, values)
+        if skips:
+            logger.warning("Iteration %d is skipped, its loss is not finite: %s", self.iter, values)
+        return skips
 
     def state_dict(self) -> dict[str, Any]:
         """State of the loop, the optimizer and the loss scaler."""
@@ -202,13 +198,8 @@ class MaskFormerStep(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def _parts(batch: list[dict[str, Any]], count: int) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    size = len(batch) // count
-    for part in range(count):
-        yield batch[part * size : (part + 1) * size], part == count - 1
-
-
-def _peak_memory_mb(device_type: str) -> float:
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # kibibytes on Linux
+def _refuse_what_only_the_embedded_engine_does(cfg: Any) -> None:
+    settings = config.run_arguments(cfg)
+    for key, name in (("SOLVER.EMA.ENABLED", "ema_decay"), ("LOGGING.WANDB_PROJECT", "wandb_project")):
+        if settings[name] is not None:
+            raise ValueError(f"{key} is on, which the embedded engine alone can follow: train_net.py --engine embedded")

@@ -145,7 +145,11 @@ class SetCriterion(nn.Module):
         return _Pairs(*torch.cat(columns, dim=1).unbind(0))
 
     def _class_loss(self, class_logits: Tensor, targets: Sequence[MaskTarget], pairs: _Pairs) -> Tensor:
-        """(layers,): weighted cross-entropy over all queries, divided by the sum of the weights."""
+        """(layers,): weighted cross-entropy over all queries, divided by the sum of the weights.
+
+        The sum is the mean over all processes, so that several processes give the gradient that one gives with all
+        their images, whatever the number of targets in each.
+        """
         layers, B, Q = class_logits.shape[:3]
         first = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
         all_labels = torch.cat([t.labels for t in targets])
@@ -155,7 +159,7 @@ class SetCriterion(nn.Module):
         wanted[place.to(device)] = all_labels[(first[pairs.image] + pairs.target).to(device)]
         loss = F.cross_entropy(class_logits.flatten(0, 2), wanted, self.empty_weight, reduction="none")
         weight = self.empty_weight[wanted]
-        return loss.view(layers, -1).sum(1) / weight.view(layers, -1).sum(1)
+        return loss.view(layers, -1).sum(1) / _average_over_ranks(weight.view(layers, -1).sum(1))
 
     def _mask_losses(
         self,
@@ -184,7 +188,8 @@ class SetCriterion(nn.Module):
                 ]
             )  # (T, P)
         logits = sample_logits(mask_logits.unsqueeze(1), points).squeeze(1)  # (T, P)
-        num_masks = _average_over_ranks(sum(len(t.labels) for t in targets), logits.device)
+        count = float(sum(len(t.labels) for t in targets))
+        num_masks = _average_over_ranks(torch.full((), count, device=logits.device)).clamp(min=1)
         zeros, layer = logits.new_zeros(len(predictions)), pairs.layer.to(logits.device)
         return (
             zeros.index_add(0, layer, sigmoid_cross_entropy(logits, wanted)) / num_masks,
@@ -238,10 +243,10 @@ def _gather_pairs(predictions: Sequence[MaskPrediction], pairs: _Pairs) -> Tenso
     return torch.cat(parts)[torch.cat(places).argsort().to(device)]
 
 
-def _average_over_ranks(count: int, device: torch.device) -> Tensor:
-    """max(mean of ``count`` over all processes, 1), without a copy to the host."""
-    total = torch.full((), float(count), device=device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-        total = total / dist.get_world_size()
-    return total.clamp(min=1)
+def _average_over_ranks(values: Tensor) -> Tensor:
+    """Mean of numbers without gradient over all processes, without a copy to the host."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -341,11 +341,32 @@ def test_mask_losses_are_divided_by_the_mean_number_of_targets_of_all_processes(
     alone = _losses(_criterion(), predictions, targets)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(other_rank))
+    # the other process has other_rank targets, and as large a sum of class weights as this one
+    reduce = lambda total: total.add_(total if total.dim() else other_rank)  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     together = _losses(_criterion(), predictions, targets)
     for name in ("loss_mask", "loss_dice"):
         assert together[name].item() == pytest.approx(alone[name].item() * 3 / divisor, rel=1e-5)
     assert together["loss_ce"] == alone["loss_ce"]
+
+
+def test_class_losses_of_two_processes_average_to_that_of_one_with_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has three targets, the other none: its class loss counts for as much as its weights are."""
+    predictions, targets = random_predictions(1, 2, 6), _targets(1, 2)
+    nothing = [MaskTarget(t.labels[:0], t.masks[:0]) for t in targets]
+    twice = [MaskPrediction(*(torch.cat([field, field]) for field in p)) for p in predictions]
+    whole = _losses(_criterion(), twice, [*targets, *nothing])["loss_ce"]
+    sums = []  # of the class weights in each process
+    for part in (targets, nothing):
+        found, no_object = sum(len(t.labels) for t in part), _criterion().empty_weight[-1].item()
+        sums.append(found + (2 * 6 - found) * no_object)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    losses = []
+    for part, other in ((targets, sums[1]), (nothing, sums[0])):
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, other=other: total.add_(other))
+        losses.append(_losses(_criterion(), predictions, part)["loss_ce"].item())
+    assert sum(losses) / 2 == pytest.approx(whole.item(), rel=1e-5)
 
 
 def test_the_divisor_is_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,298 @@
+"""The training loop."""
+
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mask2former import config, solver, training
+from mask2former.build import build_model
+from mask2former.checkpoint import load_weights
+from mask2former.engine.checkpoints import CheckpointFolder
+from mask2former.engine.data import build_train_loader, dataset_entries
+from mask2former.engine.evaluation import Results, check_evaluation, evaluate, flat, main_metric, report, save_results
+from mask2former.engine.pictures import SamplePictures
+from mask2former.engine.processes import make_fabric
+from mask2former.engine.progress import TrainingLog
+from mask2former.engine.step import StepResult, TrainingStep
+from mask2former.engine.weights import load_start
+from mask2former.engine.yaml_files import ConfigError
+from mask2former.modeling.mask2former import Mask2Former
+
+logger = logging.getLogger(__name__)
+
+_OWN = "mask2former"  # what checkpoints hold besides Detectron2's keys
+_SAME_PRESS = 3.0  # seconds in which a second signal is the first one, passed on by the launcher
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or a signal has ended the training, after its state was saved.
+
+    Attributes:
+        signum: the signal.
+        checkpoint: name of the file to go on from.
+    """
+
+    def __init__(self, signum: int, checkpoint: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; everything so far is in {checkpoint}")
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+
+class Trainer:
+    """Trains and evaluates a model on the processes that there are; every one makes a trainer and calls the same.
+
+    Everything random in a step is a function of the seed and the iteration, so that a resumed training goes on
+    exactly as if it had not been interrupted. With SEED below 0 a seed is drawn and kept in the checkpoints.
+    """
+
+    def __init__(
+        self, cfg: Any, fabric: Fabric | None = None, *, on_step: Callable[[int, StepResult], None] | None = None
+    ) -> None:
+        """Build model, optimizer and schedule.
+
+        Args:
+            cfg: from `get_config`.
+            fabric: None: made for the config.
+            on_step: sees the result of each iteration.
+
+        Raises:
+            ConfigError: if a key asks for what cannot be done here.
+            ValueError: if the core refuses a value of the config.
+        """
+        self.cfg = cfg
+        self.settings = config.run_arguments(cfg)
+        architecture = config.architecture_arguments(cfg)
+        check_evaluation(cfg)
+        self.fabric = make_fabric(cfg) if fabric is None else fabric
+        self.is_main = self.fabric.global_rank == 0
+        self.folder = CheckpointFolder(cfg.OUTPUT_DIR, kept=self.settings["checkpoints_kept"])
+        if self.is_main:
+            self.folder.prepare()
+        drawn = self.fabric.broadcast(secrets.randbelow(2**31))
+        self.seed: int = cfg.SEED if cfg.SEED >= 0 else drawn
+        torch.manual_seed(self.seed)
+        self.model: Mask2Former = build_model(architecture)
+        optimizer = solver.make_optimizer(self.model, **config.optimizer_arguments(cfg))
+        self.step = TrainingStep(cfg, self.fabric, self.model, optimizer)
+        factor = solver.lr_factor(**config.schedule_arguments(cfg))
+        self.scheduler = LambdaLR(optimizer, [factor] * len(optimizer.param_groups))
+        self.ema = _average(self.model, self.settings["ema_decay"])
+        self.start = 0
+        self.max_iter: int = cfg.SOLVER.MAX_ITER
+        self.best: tuple[str, float] | None = None
+        self.last_results: Results | None = None
+        self._on_step = on_step
+        self._signal: tuple[int, float] | None = None
+
+    @property
+    def evaluated_model(self) -> Mask2Former:
+        """What is evaluated: the average of the weights over time if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def resume_or_load(self, *, resume: bool) -> None:
+        """Load the last checkpoint of the output folder if that is wanted and there is one, or else MODEL.WEIGHTS.
+
+        Raises:
+            ConfigError: if the weights cannot be loaded, or the checkpoint is of another model.
+            CheckpointError: if the checkpoint cannot be read.
+        """
+        last = self.folder.last() if resume else None
+        if last is not None:
+            self._load_state(self.folder.load(last), last)
+            logger.info("Resuming %s at iteration %d", last, self.start)
+            return
+        if resume:
+            logger.info("There is no checkpoint in %s: training starts anew", self.folder.folder)
+        load_start(self.model, self.cfg.MODEL.WEIGHTS)
+        self.ema = _average(self.model, self.settings["ema_decay"])
+
+    def train(self) -> Results | None:
+        """Train to the last iteration, and evaluate.
+
+        Returns:
+            On the first process the results of the last evaluation, if there are test sets.
+
+        Raises:
+            TrainingInterrupted: after Ctrl-C or SIGTERM; the state is saved.
+            CheckpointError: if a checkpoint cannot be written.
+            FloatingPointError: if the loss is not finite ten times in a row.
+        """
+        loader = build_train_loader(
+            self.cfg,
+            seed=self.seed,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            start_batch=self.start,
+        )
+        log = self._open_log() if self.is_main else None
+        try:
+            with self._signals():
+                if self.start >= self.max_iter:
+                    self._evaluate(self.max_iter - 1, log)
+                else:
+                    self._loop(iter(loader), log)
+        finally:
+            if log is not None:
+                log.close()
+        return self.last_results
+
+    def _loop(self, batches: Iterator[Any], log: TrainingLog | None) -> None:
+        self.model.train()
+        for iteration in range(self.start, self.max_iter):
+            begin = time.perf_counter()
+            batch = next(batches)
+            data_time = time.perf_counter() - begin
+            result = self.step.run(batch, iteration, seed=self.seed, stop=self._signal is not None)
+            if self.ema is not None and not result.skipped:
+                self.ema.update_parameters(self.model)
+            if log is not None and not result.skipped:
+                log.step(iteration, self._numbers(result, data_time))
+            self.scheduler.step()
+            if self._on_step is not None:
+                self._on_step(iteration, result)
+            self._after_step(iteration, result, log)
+
+    def _after_step(self, iteration: int, result: StepResult, log: TrainingLog | None) -> None:
+        is_last = iteration + 1 == self.max_iter
+        is_saved = is_last or _is_due(iteration, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        name = "model_final" if is_last else f"model_{iteration:07d}"
+        if self.is_main and (is_saved or result.stops):
+            self.folder.save(name, self.state(iteration))
+        if result.stops and not is_last:
+            signum = self._signal[0] if self._signal else signal.SIGINT
+            raise TrainingInterrupted(signum, f"{name}.pth")
+        if is_last or _is_due(iteration, self.cfg.TEST.EVAL_PERIOD):
+            self._evaluate(iteration, log)
+        elif is_saved and log is not None:
+            log.resume()
+
+    def _numbers(self, result: StepResult, data_time: float) -> dict[str, float]:
+        groups = self.step.optimizer.param_groups
+        return {
+            "total_loss": sum(result.losses.values()),
+            **result.losses,
+            "lr": max(groups, key=lambda group: len(group["params"]))["lr"],
+            "data_time": data_time,
+            "memory_mb": training.peak_memory_mb(self.fabric.device.type),
+        }
+
+    def _evaluate(self, iteration: int, log: TrainingLog | None) -> None:
+        entries = dataset_entries(self.cfg, "DATASETS.TEST")
+        if not entries:
+            return
+        watch = None
+        if log is not None:
+            folder = self.folder.folder / "predictions" / f"{iteration:07d}"
+            show = lambda name, pixels: log.picture(iteration, name, pixels)  # noqa: E731
+            watch = SamplePictures(folder, entries[0].metadata.categories, show)
+        self.last_results = evaluate(self.cfg, self.evaluated_model, watch=watch)
+        if self.last_results is None or log is None:
+            return
+        report(self.last_results)
+        log.results(iteration, flat(self.last_results))
+        save_results(self.last_results, self.folder.folder / "inference" / "results.json")
+        found = main_metric(self.last_results)
+        if found is not None and (self.best is None or found[0] != self.best[0] or found[1] > self.best[1]):
+            self.best = found
+            state = {"model": self.evaluated_model.state_dict(), "iteration": iteration, _OWN: {"metric": list(found)}}
+            self.folder.save("model_best", state, is_last=False)
+
+    def state(self, iteration: int) -> dict[str, Any]:
+        """Everything that a training needs to go on after an iteration, in the layout of Detectron2's trainer."""
+        step = {
+            "iteration": iteration,
+            "optimizer": self.step.optimizer.state_dict(),
+            "grad_scaler": {} if self.step.scaler is None else self.step.scaler.state_dict(),
+        }
+        own: dict[str, Any] = {"seed": self.seed, "best": None if self.best is None else list(self.best)}
+        if self.ema is not None:
+            own["ema"] = {"model": self.ema.module.state_dict(), "steps": int(self.ema.n_averaged)}
+        return {
+            "model": self.model.state_dict(),
+            "trainer": {
+                "iteration": iteration,
+                "hooks": {"LRScheduler": self.scheduler.state_dict()},
+                "_trainer": step,
+            },
+            "iteration": iteration,
+            _OWN: own,
+        }
+
+    def _load_state(self, content: Mapping[str, Any], path: Path) -> None:
+        try:
+            load_weights(self.model, content)
+        except ValueError as error:
+            raise ConfigError(f"the config must describe the model of {path}: {error}") from error
+        if "trainer" not in content:
+            raise ConfigError(
+                f"{path} holds weights only, from which no training can be resumed; to start one from them: "
+                f"MODEL.WEIGHTS {path}"
+            )
+        trainer, own = content["trainer"], content.get(_OWN, {})
+        step = trainer["_trainer"]
+        try:
+            self.step.optimizer.load_state_dict(step["optimizer"])
+        except ValueError as error:
+            raise ConfigError(f"SOLVER must have the parameter groups of {path}: {error}") from error
+        if self.step.scaler is not None and step.get("grad_scaler"):
+            self.step.scaler.load_state_dict(step["grad_scaler"])
+        self.scheduler.load_state_dict(dict(trainer["hooks"]["LRScheduler"]))
+        self.start = trainer["iteration"] + 1
+        if self.cfg.SEED < 0:
+            self.seed = own.get("seed", self.seed)
+        self.best = tuple(own["best"]) if own.get("best") else None
+        self.ema = _average(self.model, self.settings["ema_decay"])
+        if self.ema is not None and "ema" in own:
+            load_weights(self.ema.module, own["ema"])
+            self.ema.n_averaged.fill_(own["ema"]["steps"])
+
+    def _open_log(self) -> TrainingLog:
+        (self.folder.folder / "config.yaml").write_text(self.cfg.dump(), encoding="utf-8")
+        return TrainingLog(
+            self.folder.folder,
+            start=self.start,
+            max_iter=self.max_iter,
+            images_per_batch=self.cfg.SOLVER.IMS_PER_BATCH,
+            wandb_project=self.settings["wandb_project"],
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the training after the step; a second one ends it at once."""
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            if self._signal is not None and time.monotonic() - self._signal[1] > _SAME_PRESS:
+                raise KeyboardInterrupt
+            if self._signal is None:
+                self._signal = (signum, time.monotonic())
+
+        old = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in old.items():
+                signal.signal(signum, handler)
+
+
+def _average(model: Mask2Former, decay: float | None) -> Any:
+    """Keeps the exponential average of the weights; None without a decay."""
+    if decay is None:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    average.module.requires_grad_(False)
+    return average
+
+
+def _is_due(iteration: int, period: int) -> bool:
+    return period > 0 and (iteration + 1) % period == 0

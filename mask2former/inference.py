@@ -1,0 +1,84 @@
+"""From the prediction of one image to the results that a config asks for."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mask2former import config
+from mask2former.checkpoint import TASKS, PredictionSettings
+from mask2former.modeling.postprocessing import (
+    InstanceResult,
+    MaskGeometry,
+    PanopticResult,
+    instance_segmentation,
+    panoptic_segmentation,
+    semantic_segmentation,
+)
+from mask2former.modeling.structures import MaskPrediction
+
+
+class ImageResult(NamedTuple):
+    """Results of one image; None for a task that is off.
+
+    Attributes:
+        semantic: (K, H, W) scores.
+        panoptic: segments.
+        instances: best score first.
+    """
+
+    semantic: Tensor | None
+    panoptic: PanopticResult | None
+    instances: InstanceResult | None
+
+
+def prediction_settings(cfg: Any) -> PredictionSettings:
+    """How the model of a config predicts outside a training: what MODEL.MASK_FORMER.TEST and INPUT say."""
+    inference = config.inference_arguments(cfg)
+    tasks = [task for task in TASKS if inference[f"{task}_on"]]
+    return PredictionSettings(
+        tasks=tuple(tasks),
+        object_mask_threshold=inference["object_mask_threshold"],
+        overlap_threshold=inference["overlap_threshold"],
+        top_k=inference["top_k"],
+        score_threshold=inference["score_threshold"],
+        semantic_resize_first=inference["sem_seg_postprocessing_before_inference"],
+        **config.test_resize_arguments(cfg),
+    )
+
+
+def image_result(
+    prediction: MaskPrediction,
+    geometry: MaskGeometry,
+    settings: Mapping[str, Any],
+    is_thing: Callable[[], Tensor],
+) -> ImageResult:
+    """Post-process one image.
+
+    Args:
+        prediction: of the last layer, without the batch axis.
+        geometry: the way back to the image's own size.
+        settings: from `mask2former.config.inference_arguments`.
+        is_thing: gives (K,) bool; asked only if a result needs it.
+    """
+    semantic = panoptic = instances = None
+    if settings["semantic_on"]:
+        resize_first = settings["sem_seg_postprocessing_before_inference"]
+        semantic = semantic_segmentation(*prediction, geometry, resize_first=resize_first)
+    if settings["panoptic_on"]:
+        panoptic = panoptic_segmentation(
+            *prediction,
+            geometry,
+            is_thing=is_thing(),
+            object_mask_threshold=settings["object_mask_threshold"],
+            overlap_threshold=settings["overlap_threshold"],
+        )
+    if settings["instance_on"]:
+        instances = instance_segmentation(
+            *prediction,
+            geometry,
+            top_k=settings["top_k"],
+            is_thing=is_thing() if settings["panoptic_on"] else None,
+            score_threshold=settings["score_threshold"],
+        )
+    return ImageResult(semantic, panoptic, instances)

@@ -1,0 +1,211 @@
+"""The two engines: same settings from every config, same training from the same weights, each other's checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+pytest.importorskip("lightning_fabric", reason="lightning-fabric is not installed, see requirements-train.txt")
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.projects.deeplab import add_deeplab_config
+
+from mask2former import config
+from mask2former.config import DEFAULTS
+from mask2former.d2 import Trainer as Detectron2Trainer
+from mask2former.d2 import get_config as detectron2_config
+from mask2former.data import catalog
+from mask2former.engine import defaults
+from mask2former.engine.config import get_config
+from mask2former.engine.trainer import Trainer
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+TRANSLATIONS = [
+    config.architecture_arguments,
+    config.inference_arguments,
+    config.mapper_arguments,
+    config.test_resize_arguments,
+    config.optimizer_arguments,
+    config.schedule_arguments,
+    config.clip_arguments,
+    config.step_arguments,
+    config.run_arguments,
+]
+
+
+def flatten(tree, prefix=""):
+    keys = {}
+    for name, value in tree.items():
+        keys.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return keys
+
+
+def value_of(cfg, key):
+    for part in key.split("."):
+        cfg = getattr(cfg, part)
+    return cfg
+
+
+def test_defaults_are_those_of_detectron2():
+    theirs = flatten(get_cfg())
+    for key, value in defaults.DETECTRON2_DEFAULTS.items():
+        assert (type(value), value) == (type(theirs[key]), theirs[key]), key
+    assert not defaults.DETECTRON2_DEFAULTS.keys() & DEFAULTS.keys()
+
+
+def test_each_key_of_detectron2_is_read_refused_or_known_to_be_without_effect():
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    keys = flatten(cfg).keys()
+    handled = defaults.DETECTRON2_DEFAULTS.keys() | DEFAULTS.keys()
+    assert not {key for key in keys if key not in handled and not defaults.is_ignored(key)}
+    assert not {key for key in handled if defaults.is_ignored(key)}
+    assert keys >= defaults.IGNORED_KEYS
+    assert all(any(key.startswith(f"{section}.") for key in keys) for section in defaults.IGNORED_SECTIONS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_a_config_resolves_to_the_same_settings(path, tmp_path):
+    theirs, ours = detectron2_config(path), get_config(path)
+    for key in [*defaults.DETECTRON2_DEFAULTS, *DEFAULTS]:
+        a, b = value_of(theirs, key), value_of(ours, key)
+        assert (type(a), a) == (type(b), b), key
+    for translate in TRANSLATIONS:
+        assert outcome(translate, theirs) == outcome(translate, ours)
+    dump = tmp_path / "dump.yaml"
+    dump.write_text(theirs.dump())
+    assert get_config(dump) == ours
+    dump.write_text(ours.dump())
+    assert detectron2_config(dump) == theirs
+
+
+def outcome(translate, cfg):
+    """What a translation gives or, of a file that is no whole config, says."""
+    try:
+        return translate(cfg)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.fixture
+def both(tiny_cfg, tmp_path):
+    """Makes the same tiny config for both engines; overrides as on a command line."""
+    for name in (*tiny_cfg.DATASETS.TRAIN, *tiny_cfg.DATASETS.TEST):
+        if name not in catalog.names():
+            whole = catalog.get(name.removeprefix("four_of_"))
+            entry = catalog.CatalogEntry(name, lambda name=name: DatasetCatalog.get(name), whole.metadata)
+            catalog.register(entry)
+
+    def make(folder, *overrides):
+        cfg = tiny_cfg.clone()
+        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / folder), *overrides])
+        dump = tmp_path / "config.yaml"
+        dump.write_text(cfg.dump())
+        return cfg, get_config(dump)
+
+    return make
+
+
+def train_with_detectron2(cfg, *, resume=False):
+    trainer = Detectron2Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    losses, step = {}, trainer._trainer
+    write = step._write_metrics
+
+    def record(values, *args, **kwargs):
+        losses[step.iter] = {name: loss.item() for name, loss in values.items()}
+        return write(values, *args, **kwargs)
+
+    step._write_metrics = record
+    trainer.train()
+    return trainer, losses
+
+
+def train(cfg, *, resume=False):
+    losses = {}
+    trainer = Trainer(cfg, on_step=lambda iteration, result: losses.update({iteration: result.losses}))
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer, losses
+
+
+def start_weights(cfg, path):
+    torch.manual_seed(3)
+    torch.save({"model": Detectron2Trainer.build_model(cfg).state_dict()}, path)
+    return ["MODEL.WEIGHTS", str(path)]
+
+
+def assert_close_models(a, b, tolerance=1e-5):
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+OTHERS = ["SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.OPTIMIZER", "SGD"]
+R50 = ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.BACKBONE.FREEZE_AT", "2"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        pytest.param(OTHERS, marks=pytest.mark.slow),
+        pytest.param(["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"], marks=pytest.mark.slow),
+        pytest.param(R50, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "accumulation-poly-sgd", "bfloat16", "r50"],
+)
+def test_twenty_iterations_give_the_same_losses_weights_and_results(both, tmp_path, changes):
+    settings = ["SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(12, 16)", "SOLVER.BACKBONE_MULTIPLIER", "0.5", *changes]
+    settings += start_weights(both("start", *settings)[0], tmp_path / "start.pth")
+    theirs, their_losses = train_with_detectron2(both("detectron2", *settings)[0])
+    ours, our_losses = train(both("embedded", *settings)[1])
+    assert sorted(our_losses) == list(range(20))
+    for iteration, losses in their_losses.items():
+        assert our_losses[iteration] == pytest.approx(losses, rel=1e-4), iteration
+    assert_close_models(ours.model, theirs.model)
+    assert len(set(map(json.dumps, our_losses.values()))) == 20
+    for task, values in theirs._last_eval_results.items():
+        assert ours.last_results[task] == pytest.approx(values, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [[], pytest.param(["SOLVER.AMP.ENABLED", "True"], marks=pytest.mark.slow)],
+    ids=["float32", "float16"],
+)
+@pytest.mark.parametrize("first", ["detectron2", "embedded"])
+def test_a_training_changes_engines(both, tmp_path, first, precision):
+    """Stopped after two of four iterations in one engine and resumed in the other: as if it had not stopped."""
+    settings = ["DATASETS.TEST", "()", "TEST.EVAL_PERIOD", "0", *precision]
+    settings += start_weights(both("start", *settings)[0], tmp_path / "start.pth")
+    whole, _ = train_with_detectron2(both("whole", *settings)[0])
+    cfgs = both("changing", *settings)
+    (train_with_detectron2 if first == "detectron2" else train)(cfgs[first != "detectron2"])
+    (tmp_path / "changing/last_checkpoint").write_text("model_0000001.pth")
+    if first == "detectron2":
+        changed, losses = train(cfgs[1], resume=True)
+        rates = [group["lr"] for group in changed.step.optimizer.param_groups]
+    else:
+        changed, losses = train_with_detectron2(cfgs[0], resume=True)
+        rates = [group["lr"] for group in changed._trainer.optimizer.param_groups]
+    assert sorted(losses) == [2, 3]
+    assert rates == [group["lr"] for group in whole._trainer.optimizer.param_groups]
+    assert_close_models(changed.model, whole.model)
+
+
+def test_what_the_embedded_engine_alone_can_do_is_refused(tiny_cfg):
+    tiny_cfg.SOLVER.EMA.ENABLED = True
+    with pytest.raises(ValueError, match=r"SOLVER\.EMA\.ENABLED is on"):
+        Detectron2Trainer(tiny_cfg)
+
+
+def test_detectron2_keeps_as_many_checkpoints(both, tmp_path):
+    settings = ["SOLVER.CHECKPOINTS_KEPT", "1", "SOLVER.CHECKPOINT_PERIOD", "1", "DATASETS.TEST", "()"]
+    train_with_detectron2(both("kept", *settings)[0])
+    assert {p.name for p in (tmp_path / "kept").glob("*.pth")} == {"model_0000003.pth", "model_final.pth"}

@@ -1,0 +1,210 @@
+"""Several processes: they equal one, they end together, and their launchers agree."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mask2former.engine.processes import launch
+from mask2former.engine.yaml_files import ConfigError
+
+ITERATIONS = {"SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 0, "DATASETS__TEST": "()"}
+
+
+def value(losses):
+    return {iteration: float.fromhex(next(iter(found))) for iteration, found in losses.items()}
+
+
+def test_two_processes_train_evaluate_and_resume(tiny):
+    whole = tiny.run("--num-gpus", "2", SOLVER__IMS_PER_BATCH=4)
+    assert whole.code == 0, whole.text
+    assert "copypaste: PQ" in whole.text
+    assert whole.text.count("Saved") == 3  # one process writes
+    (whole.folder / "last_checkpoint").write_text("model_0000001.pth")
+    resumed = tiny.run("--num-gpus", "2", "--resume", SOLVER__IMS_PER_BATCH=4)
+    assert resumed.code == 0, resumed.text
+    assert sorted(resumed.losses) == [0, 1, 2, 3]
+    assert all(len(found) == 1 for found in resumed.losses.values())  # the second run repeats the first
+    assert tiny.folder.joinpath("losses.1").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same(tiny, make_tiny):
+    own = tiny.run("--num-gpus", "2", **ITERATIONS)
+    assert own.code == 0, own.text
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tiny_program())
+    other = make_tiny().run(program=torchrun, **ITERATIONS)
+    assert other.code == 0, other.text
+    assert other.losses == own.losses
+
+
+def tiny_program():
+    from tests.engine.conftest import PROGRAM
+
+    return PROGRAM
+
+
+@pytest.mark.slow
+def test_two_machines(tiny):
+    """Two launchers with one process each, as on two machines."""
+    flags = ("--num-gpus", "1", "--num-machines", "2", "--dist-url", "tcp://127.0.0.1:29711")
+    other = tiny.start(*flags, "--machine-rank", "1", **ITERATIONS)
+    try:
+        first = tiny.run(*flags, "--machine-rank", "0", **ITERATIONS)
+        text, _ = other.communicate(timeout=60)
+    finally:
+        other.kill()
+    assert first.code == 0, first.text
+    assert other.returncode == 0, text
+    assert sorted(first.losses) == [0, 1, 2]
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_message(tiny):
+    start = time.monotonic()
+    result = tiny.run("--num-gpus", "2", environment={"DIE": "step:1:1"}, **ITERATIONS)
+    assert result.code == 1, result.text
+    assert time.monotonic() - start < 60
+    assert "a process has failed, and the others were ended: rank 1" in result.text
+    assert "SIGKILL" in result.text or "-9" in result.text
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny):
+    for flags in ((), ("--num-gpus", "2")):
+        process = tiny.start(*flags, environment={"STEP_SECONDS": "0.2"}, SOLVER__MAX_ITER=100, SOLVER__STEPS="(90,)")
+        wait_for_steps(tiny, 2)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, text
+        assert "to go on: python train_net.py --resume" in text
+        last = (tiny.folder / "output/last_checkpoint").read_text()
+        assert torch.load(tiny.folder / "output" / last)["iteration"] == max(tiny.losses())
+        assert len(tiny.losses()) < 50
+        (tiny.folder / "losses").unlink()
+
+
+def test_ctrl_c_reaches_workers_and_launcher_too(tiny):
+    """A terminal sends the signal to every process of the program."""
+    process = tiny.start(
+        "--num-gpus", "2", environment={"STEP_SECONDS": "0.2"}, own_group=True,
+        SOLVER__MAX_ITER=100, SOLVER__STEPS="(90,)", DATALOADER__NUM_WORKERS=1,
+    )  # fmt: skip
+    wait_for_steps(tiny, 2)
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert text.count("to go on: python train_net.py --resume") == 1
+    last = (tiny.folder / "output/last_checkpoint").read_text()
+    assert torch.load(tiny.folder / "output" / last)["iteration"] == max(tiny.losses())
+
+
+@pytest.mark.slow
+def test_sigterm_saves_too(tiny):
+    process = tiny.start(environment={"STEP_SECONDS": "0.2"}, SOLVER__MAX_ITER=100, SOLVER__STEPS="(90,)")
+    wait_for_steps(tiny, 1)
+    process.terminate()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, text
+    assert (tiny.folder / "output/last_checkpoint").exists()
+
+
+def wait_for_steps(tiny, count):
+    deadline = time.monotonic() + 60
+    while len(tiny.losses()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+DOUBLE = """
+import sys, torch, torch.distributed as dist
+from mask2former.engine.processes import make_fabric
+from mask2former.engine.config import get_config
+from mask2former.engine.trainer import Trainer
+from mask2former.modeling import criterion, point_sampling
+import tests.engine.program
+from mask2former.engine.data import build_train_loader
+from mask2former.modeling.structures import MaskTarget
+
+rand = torch.rand
+def same_points(*size, device=None, generator=None, **rest):
+    # every image and every object gets the same points, whatever else is in the batch
+    size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    one = rand(size[-2:], generator=torch.Generator().manual_seed(size[-2]))
+    return one.expand(size).clone()
+torch.rand = same_points
+
+def main(words, result, empty):
+    trainer = Trainer(get_config(words[0], words[1:]))
+    fabric = trainer.fabric
+    whole = iter(build_train_loader(trainer.cfg, seed=1))
+    losses = []
+    for iteration in range(5):
+        batch = next(whole)  # the same 4 images in every process
+        if empty:
+            none = MaskTarget(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64, 64, dtype=torch.bool))
+            batch = [s._replace(target=none) if i >= 2 else s for i, s in enumerate(batch)]
+        share = len(batch) // fabric.world_size
+        part = batch[fabric.global_rank * share : (fabric.global_rank + 1) * share]
+        losses.append(trainer.step.run(part, iteration, seed=1).losses)
+    if fabric.global_rank == 0:
+        torch.save((losses, trainer.model.state_dict()), result)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main(sys.argv[3:], sys.argv[1], sys.argv[2] == "empty")
+"""
+
+
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "empty"])
+def test_two_processes_equal_one_with_the_double_batch(tiny, kind):
+    """The losses and weights over five steps, also when the second process has images without any object."""
+    program = tiny.folder / "double.py"
+    program.write_text(DOUBLE)
+    from tests.engine.conftest import SMOKE
+
+    results = []
+    for count in (1, 2):
+        out = tiny.folder / f"{count}.pth"
+        runner = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        words = [program, out, kind, SMOKE, *tiny.overrides(SOLVER__IMS_PER_BATCH=4)]
+        command = [str(word) for word in (sys.executable, *runner, *words)]
+        done = subprocess.run(command, env=tiny.environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(out))
+    (one, weights), (two, other) = results
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+    for name in weights:
+        torch.testing.assert_close(other[name], weights[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"machines": 2}, "--dist-url must be tcp://HOST:PORT of machine 0"),
+        ({"url": "file:///tmp/x"}, "--dist-url must be tcp://HOST:PORT or auto, got 'file:///tmp/x'"),
+        ({"url": "tcp://host"}, "--dist-url"),
+    ],
+)
+def test_addresses_are_checked(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        launch(print, **{"processes": 2, **changes})
+
+
+@pytest.mark.slow
+def test_synchronised_normalisation_needs_gpus(tiny):
+    resnet = {"MODEL__BACKBONE__NAME": "build_resnet_backbone", "MODEL__RESNETS__NORM": "SyncBN"}
+    result = tiny.run("--num-gpus", "2", **resnet)
+    assert result.code == 1
+    assert "MODEL.RESNETS.NORM must be FrozenBN or BN with 2 processes on MODEL.DEVICE cpu, got 'SyncBN'" in result.text
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tiny):
+    result = tiny.run("--num-gpus", "2", SOLVER__IMS_PER_BATCH=3)
+    assert result.code == 1
+    assert "SOLVER.IMS_PER_BATCH must be a multiple of the number of processes 2, got 3" in result.text
