@@ -1,4 +1,4 @@
-"""Finds or makes the Python environment of `make demo` and `make test`; standard library only.
+"""Finds or makes the Python environment of `make demo`, `make train` and `make test`; standard library only.
 
     python3 .ci/environment.py requirements.txt ...    prints the interpreter to use, messages go to stderr
     python3 .ci/environment.py --detectron2            says in one line whether Detectron2's tests can run

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,14 @@ def test_data_are_on_disk_before_the_name_changes(tmp_path: Path, monkeypatch: p
     seen = []
 
     def look(descriptor: int) -> None:
-        seen.append((os.fstat(descriptor).st_size, target.read_bytes()))
+        status = os.fstat(descriptor)
+        seen.append(("folder" if stat.S_ISDIR(status.st_mode) else status.st_size, target.read_bytes()))
 
     monkeypatch.setattr(checkpoint.os, "fsync", look)
     with target.open("rb") as reader:  # who has the old file open keeps it
         write_atomically(target, b"newer")
         assert reader.read() == b"old"
-    assert seen == [(5, b"old")]
+    assert seen == [(5, b"old"), ("folder", b"newer")]  # the second one makes the new name last
     assert target.read_bytes() == b"newer"
 
 

@@ -117,7 +117,8 @@ def register_all() -> None:
     register_coco_family("coco_2017", root=_below_root("coco"), splits=halves, panoptic=True)
     mini = {**halves, "train16": ("train", 16)}
     register_coco_family("coco_mini", root=_below_root("coco_panoptic_mini"), splits=mini, semantic=True)
-    register_coco_family("coco_sample", root=sample_root, splits=halves, semantic=True)
+    sample = {**halves, "train8": ("train", 8)}
+    register_coco_family("coco_sample", root=sample_root, splits=sample, semantic=True)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny):
         (tiny.folder / "losses").unlink()
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_workers_and_launcher_too(tiny):
     """A terminal sends the signal to every process of the program."""
     process = tiny.start(
@@ -204,6 +205,7 @@ def test_synchronised_normalisation_needs_gpus(tiny):
     assert "MODEL.RESNETS.NORM must be FrozenBN or BN with 2 processes on MODEL.DEVICE cpu, got 'SyncBN'" in result.text
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny):
     result = tiny.run("--num-gpus", "2", SOLVER__IMS_PER_BATCH=3)
     assert result.code == 1
