@@ -68,8 +68,8 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tiny):
     result = tiny.run("--num-gpus", "2", environment={"DIE": "step:1:1"}, **ITERATIONS)
     assert result.code == 1, result.text
     assert time.monotonic() - start < 60
-    assert "a process has failed, and the others were ended: rank 1" in result.text
-    assert "SIGKILL" in result.text or "-9" in result.text
+    # the other process fails at once, for its peer is gone: which of the two is noticed first is a race
+    assert "a process has failed, and the others were ended: rank" in result.text
 
 
 @pytest.mark.slow
@@ -174,7 +174,10 @@ def test_two_processes_equal_one_with_the_double_batch(tiny, kind):
         runner = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         words = [program, out, kind, SMOKE, *tiny.overrides(SOLVER__IMS_PER_BATCH=4)]
         command = [str(word) for word in (sys.executable, *runner, *words)]
-        done = subprocess.run(command, env=tiny.environment, capture_output=True, text=True, timeout=200)
+        # Plain operators: with the compiled kernel, losses were seen to differ by up to 1e-4 of their value after some
+        # steps. Rounding that flips bits of attention masks is likely, but not proven, to be the cause.
+        environment = tiny.environment | {"MASK2FORMER_KERNEL": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         results.append(torch.load(out))
     (one, weights), (two, other) = results
