@@ -1,4 +1,4 @@
-"""The published config keys with their defaults, and the one translation from a config to core arguments.
+"""The one translation from a config to core arguments.
 
 A config is any object whose nested attributes are the keys: Detectron2's CfgNode or another engine's node.
 It must hold Detectron2's own keys and those of `DEFAULTS`. Every function returns a dict of plain values
@@ -9,82 +9,7 @@ value, for a setting that this project does not have: each key of `DEFAULTS` is 
 from collections.abc import Collection
 from typing import Any
 
-# Every key that Detectron2 itself does not define, with its published default. A key of `add_deeplab_config`
-# is here only if published configs set it; the rest of those keys belong to models that are not built here.
-DEFAULTS: dict[str, Any] = {
-    "INPUT.DATASET_MAPPER_NAME": "mask_former_semantic",
-    "INPUT.COLOR_AUG_SSD": False,
-    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 1.0,
-    "INPUT.SIZE_DIVISIBILITY": -1,
-    "INPUT.IMAGE_SIZE": 1024,
-    "INPUT.MIN_SCALE": 0.1,
-    "INPUT.MAX_SCALE": 2.0,
-    "SOLVER.OPTIMIZER": "ADAMW",
-    "SOLVER.WEIGHT_DECAY_EMBED": 0.0,
-    "SOLVER.BACKBONE_MULTIPLIER": 0.1,
-    "SOLVER.POLY_LR_POWER": 0.9,
-    "SOLVER.POLY_LR_CONSTANT_ENDING": 0.0,
-    "SOLVER.ACCUMULATION_STEPS": 1,  # new
-    "SOLVER.AMP.DTYPE": "float16",  # new
-    "SOLVER.EMA.ENABLED": False,  # new, embedded engine only
-    "SOLVER.EMA.DECAY": 0.9999,  # new
-    "SOLVER.CHECKPOINTS_KEPT": 0,  # new; 0 keeps all
-    "LOGGING.WANDB_PROJECT": "",  # new, embedded engine only
-    # DeepLab's default is "deeplab", but `build_resnet_backbone` builds the basic stem whatever this says.
-    "MODEL.RESNETS.STEM_TYPE": "basic",
-    "MODEL.RESNETS.RES4_DILATION": 1,
-    "MODEL.RESNETS.RES5_MULTI_GRID": [1, 1, 1],  # without effect: RES5_DILATION must be 1
-    "MODEL.SWIN.PRETRAIN_IMG_SIZE": 224,
-    "MODEL.SWIN.PATCH_SIZE": 4,
-    "MODEL.SWIN.EMBED_DIM": 96,
-    "MODEL.SWIN.DEPTHS": [2, 2, 6, 2],
-    "MODEL.SWIN.NUM_HEADS": [3, 6, 12, 24],
-    "MODEL.SWIN.WINDOW_SIZE": 7,
-    "MODEL.SWIN.MLP_RATIO": 4.0,
-    "MODEL.SWIN.QKV_BIAS": True,
-    "MODEL.SWIN.QK_SCALE": None,
-    "MODEL.SWIN.DROP_RATE": 0.0,
-    "MODEL.SWIN.ATTN_DROP_RATE": 0.0,
-    "MODEL.SWIN.DROP_PATH_RATE": 0.3,
-    "MODEL.SWIN.APE": False,
-    "MODEL.SWIN.PATCH_NORM": True,
-    "MODEL.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.SWIN.USE_CHECKPOINT": False,
-    "MODEL.SEM_SEG_HEAD.MASK_DIM": 256,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 0,
-    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder",
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS": 4,
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": 8,
-    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
-    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "res5",
-    "MODEL.MASK_FORMER.DEEP_SUPERVISION": True,
-    "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": 0.1,
-    "MODEL.MASK_FORMER.CLASS_WEIGHT": 1.0,
-    "MODEL.MASK_FORMER.MASK_WEIGHT": 20.0,
-    "MODEL.MASK_FORMER.DICE_WEIGHT": 1.0,
-    "MODEL.MASK_FORMER.NHEADS": 8,
-    "MODEL.MASK_FORMER.DROPOUT": 0.1,
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 2048,
-    "MODEL.MASK_FORMER.ENCODER_DIM_FEEDFORWARD": 1024,  # new
-    "MODEL.MASK_FORMER.ENC_LAYERS": 0,
-    "MODEL.MASK_FORMER.DEC_LAYERS": 6,
-    "MODEL.MASK_FORMER.PRE_NORM": False,
-    "MODEL.MASK_FORMER.HIDDEN_DIM": 256,
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 100,
-    "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": False,
-    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": 32,
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 112 * 112,
-    "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": 3.0,
-    "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": 0.75,
-    "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": True,
-    "MODEL.MASK_FORMER.TEST.INSTANCE_ON": False,
-    "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": False,
-    "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0,
-    "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": 0.0,
-    "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": False,
-    "MODEL.MASK_FORMER.TEST.SCORE_THRESHOLD": 0.0,  # new
-}
+from mask2former.config_keys import DEFAULTS as DEFAULTS
 
 _BACKBONE_STRIDE = 32  # of res5, in both backbones
 _STAGES = ("res2", "res3", "res4", "res5")
