@@ -1,12 +1,13 @@
 """Data sets by name: how to load the records, and what an evaluator must know about them."""
 
+import colorsys
 import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from mask2former.data.records import Record
@@ -36,8 +37,9 @@ class DatasetMetadata:
 
     Attributes:
         categories: all categories; the position is the contiguous id.
-        evaluator_type: "coco", "coco_panoptic_seg" or "sem_seg"; decides which metrics are computed.
+        evaluator_type: a published name such as "coco" or "ade20k_panoptic_seg"; decides which metrics are computed.
         ignore_label: value of unlabelled pixels in semantic label maps.
+        label_divisor: a segment's id in Detectron2's panoptic form is category * label_divisor + its number.
         image_root: folder of the images.
         instances_json: COCO instance annotations, where the data set has them.
         panoptic_json: COCO panoptic annotations.
@@ -48,6 +50,7 @@ class DatasetMetadata:
     categories: tuple[Category, ...]
     evaluator_type: str
     ignore_label: int = 255
+    label_divisor: int = 1000
     image_root: Path | None = None
     instances_json: Path | None = None
     panoptic_json: Path | None = None
@@ -77,6 +80,21 @@ class CatalogEntry:
     name: str
     load: Callable[[], list["Record"]]
     metadata: DatasetMetadata
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function and its arguments, to be called later.
+
+    Unlike those of functools.partial, two with the same content are equal, so that `register` and
+    `register_lazily` see that something is registered a second time.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+
+    def __call__(self) -> Any:
+        return self.function(*self.arguments)
 
 
 _factories: dict[str, Callable[[], CatalogEntry]] = {}
@@ -138,13 +156,31 @@ def contiguous_ids(categories: Sequence[Category]) -> dict[int, int]:
     return {category.id: position for position, category in enumerate(categories)}
 
 
+@cache
 def read_categories(name: str) -> tuple[Category, ...]:
-    """Reads `categories/<name>.json`, a list of {"id", "name", "isthing", "color"}."""
+    """Reads `categories/<name>.json`, a list of {"id", "name", "isthing", "color"}.
+
+    A category has no "color" where the data set gives it none; it then gets `generated_color` of its position.
+    """
     rows = json.loads((_CATEGORY_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return tuple(
-        Category(id=row["id"], name=row["name"], is_thing=bool(row["isthing"]), color=tuple(row["color"]))
-        for row in rows
+        Category(
+            id=row["id"],
+            name=row["name"],
+            is_thing=bool(row["isthing"]),
+            color=tuple(row.get("color") or generated_color(position)),
+        )
+        for position, row in enumerate(rows)
     )
+
+
+def generated_color(position: int) -> tuple[int, int, int]:
+    """A color (r, g, b) for the category at a position: neighbours differ much, thousands differ at all."""
+    golden_ratio = 0.618033988749895  # its multiples modulo 1 keep the largest distance
+    hue = position * golden_ratio % 1
+    saturation, value = (0.85, 0.55, 0.7)[position % 3], (0.95, 0.8, 0.65, 0.5)[position % 4]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
 
 
 def _refuse_known(name: str) -> None:

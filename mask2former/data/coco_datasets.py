@@ -1,26 +1,32 @@
-"""The COCO data sets under their published names, and two small sets of the same layout.
+"""The COCO data sets under their published names, two small sets of the same layout, and COCO-Stuff-10k.
 
-One folder layout serves them all: `{train,val}2017/`, `panoptic_{train,val}2017/`,
+One folder layout serves all but the last: `{train,val}2017/`, `panoptic_{train,val}2017/`,
 `panoptic_semseg_{train,val}2017/`, `annotations/{instances,panoptic}_{train,val}2017.json`.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from mask2former.data import catalog
-from mask2former.data.catalog import CatalogEntry, Category, DatasetMetadata
+from mask2former.data.catalog import Call, CatalogEntry, Category, DatasetMetadata
+from mask2former.data.layouts import ROOT_VARIABLE, below_root, datasets_root, require, semantic_entry
 from mask2former.data.records import Record, load_coco_instances, load_coco_panoptic
 
-ROOT_VARIABLE = "DETECTRON2_DATASETS"
+__all__ = [
+    "ROOT_VARIABLE",
+    "CocoSplit",
+    "coco_instance_categories",
+    "coco_panoptic_categories",
+    "datasets_root",
+    "register_all",
+    "register_coco_family",
+    "sample_root",
+    "stuff_10k",
+]
+
 _CHECKOUT_SAMPLE = Path(__file__).resolve().parents[2] / "datasets" / "sample"
-
-
-def datasets_root() -> Path:
-    """The folder that holds the data sets: `$DETECTRON2_DATASETS`, or `datasets` in the working folder."""
-    return Path(os.environ.get(ROOT_VARIABLE) or "datasets").expanduser()
 
 
 def sample_root() -> Path:
@@ -28,7 +34,6 @@ def sample_root() -> Path:
     return _CHECKOUT_SAMPLE if _CHECKOUT_SAMPLE.is_dir() else datasets_root() / "sample"
 
 
-@cache
 def coco_panoptic_categories() -> tuple[Category, ...]:
     """COCO's 80 things and 53 stuff classes, in this order."""
     return catalog.read_categories("coco_panoptic")
@@ -61,7 +66,7 @@ class CocoSplit:
             categories=coco_instance_categories(), evaluator_type="coco",
             image_root=paths.images, instances_json=paths.instances_json,
         )  # fmt: skip
-        return CatalogEntry(name, partial(_load_instances, name, paths, self.first), metadata)
+        return CatalogEntry(name, Call(_load_instances, (name, paths, self.first)), metadata)
 
     def panoptic(self, name: str, *, with_semantic: bool) -> CatalogEntry:
         """133 classes; `with_semantic` adds the semantic label maps."""
@@ -71,7 +76,7 @@ class CocoSplit:
             image_root=paths.images, instances_json=paths.instances_json, panoptic_json=paths.panoptic_json,
             panoptic_root=paths.panoptic, sem_seg_root=paths.semantic if with_semantic else None,
         )  # fmt: skip
-        return CatalogEntry(name, partial(_load_panoptic, name, paths, self.first, with_semantic), metadata)
+        return CatalogEntry(name, Call(_load_panoptic, (name, paths, self.first, with_semantic)), metadata)
 
     def semantic(self, name: str) -> CatalogEntry:
         """133 classes, semantic label maps alone."""
@@ -80,7 +85,7 @@ class CocoSplit:
             categories=coco_panoptic_categories(), evaluator_type="sem_seg",
             image_root=paths.images, sem_seg_root=paths.semantic,
         )  # fmt: skip
-        return CatalogEntry(name, partial(_load_semantic, name, paths, self.first), metadata)
+        return CatalogEntry(name, Call(_load_semantic, (name, paths, self.first)), metadata)
 
 
 def register_coco_family(
@@ -103,22 +108,37 @@ def register_coco_family(
     for key, (split, first) in splits.items():
         name = f"{prefix}_{key}"
         part = CocoSplit(root=root, split=split, first=first)
-        _register(name, part.instances)
-        _register(f"{name}_panoptic_with_sem_seg", partial(part.panoptic, with_semantic=True))
+        _register(CocoSplit.instances, part, name)
+        _register(_panoptic_with_semantic, part, f"{name}_panoptic_with_sem_seg")
         if panoptic:
-            _register(f"{name}_panoptic", partial(part.panoptic, with_semantic=False))
+            _register(_panoptic_alone, part, f"{name}_panoptic")
         if semantic:
-            _register(f"{name}_sem_seg", part.semantic)
+            _register(CocoSplit.semantic, part, f"{name}_sem_seg")
 
 
 def register_all() -> None:
-    """Registers `coco_2017_*`, `coco_mini_*` and `coco_sample_*`."""
+    """Registers `coco_2017_*`, `coco_mini_*`, `coco_sample_*` and `coco_2017_{train,test}_stuff_10k_sem_seg`."""
     halves: dict[str, tuple[str, int | None]] = {"train": ("train", None), "val": ("val", None)}
-    register_coco_family("coco_2017", root=_below_root("coco"), splits=halves, panoptic=True)
+    register_coco_family("coco_2017", root=Call(below_root, ("coco",)), splits=halves, panoptic=True)
     mini = {**halves, "train16": ("train", 16)}
-    register_coco_family("coco_mini", root=_below_root("coco_panoptic_mini"), splits=mini, semantic=True)
+    register_coco_family("coco_mini", root=Call(below_root, ("coco_panoptic_mini",)), splits=mini, semantic=True)
     sample = {**halves, "train8": ("train", 8)}
     register_coco_family("coco_sample", root=sample_root, splits=sample, semantic=True)
+    for part in ("train", "test"):
+        name = f"coco_2017_{part}_stuff_10k_sem_seg"
+        catalog.register_lazily(name, Call(stuff_10k, (name, part)))
+
+
+def stuff_10k(name: str, part: str) -> CatalogEntry:
+    """COCO-Stuff-10k: 80 things and 91 stuff classes, semantic label maps."""
+    root = below_root("coco") / "coco_stuff_10k"
+    return semantic_entry(
+        name,
+        root / "images_detectron2" / part,
+        root / "annotations_detectron2" / part,
+        categories="coco_stuff",
+        made_by="datasets/prepare_coco_stuff_10k.py",
+    )
 
 
 @dataclass(frozen=True)
@@ -140,16 +160,20 @@ class _Paths:
         )
 
 
-def _below_root(folder: str) -> Callable[[], Path]:
-    return lambda: datasets_root() / folder
+def _register(make: Callable[[CocoSplit, str], CatalogEntry], part: CocoSplit, name: str) -> None:
+    catalog.register_lazily(name, Call(make, (part, name)))
 
 
-def _register(name: str, make: Callable[[str], CatalogEntry]) -> None:
-    catalog.register_lazily(name, partial(make, name))
+def _panoptic_with_semantic(part: CocoSplit, name: str) -> CatalogEntry:
+    return part.panoptic(name, with_semantic=True)
+
+
+def _panoptic_alone(part: CocoSplit, name: str) -> CatalogEntry:
+    return part.panoptic(name, with_semantic=False)
 
 
 def _load_instances(name: str, paths: _Paths, first: int | None) -> list[Record]:
-    _require(name, paths.images, paths.instances_json)
+    require(name, paths.images, paths.instances_json)
     records = load_coco_instances(paths.instances_json, paths.images, coco_instance_categories())
     if first is None:
         return records
@@ -160,9 +184,9 @@ def _load_instances(name: str, paths: _Paths, first: int | None) -> list[Record]
 
 
 def _load_panoptic(name: str, paths: _Paths, first: int | None, with_semantic: bool) -> list[Record]:
-    _require(name, paths.images, paths.panoptic_json, paths.panoptic)
+    require(name, paths.images, paths.panoptic_json, paths.panoptic)
     if with_semantic:
-        _require(name, paths.semantic)
+        require(name, paths.semantic)
     semantic = paths.semantic if with_semantic else None
     records = load_coco_panoptic(
         paths.panoptic_json, paths.images, paths.panoptic, coco_panoptic_categories(), semantic
@@ -172,22 +196,9 @@ def _load_panoptic(name: str, paths: _Paths, first: int | None, with_semantic: b
 
 def _load_semantic(name: str, paths: _Paths, first: int | None) -> list[Record]:
     # The panoptic file says which images there are and how large; its PNGs are not needed.
-    _require(name, paths.images, paths.panoptic_json, paths.semantic)
+    require(name, paths.images, paths.panoptic_json, paths.semantic)
     records = load_coco_panoptic(
         paths.panoptic_json, paths.images, paths.panoptic, coco_panoptic_categories(), paths.semantic
     )
     panoptic_only = ("pan_seg_file_name", "segments_info")
     return [{k: v for k, v in record.items() if k not in panoptic_only} for record in records[:first]]
-
-
-def _require(name: str, *paths: Path) -> None:
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(
-                f"data set {name!r} needs {path}, which does not exist; set the environment variable "
-                f"{ROOT_VARIABLE} to the folder that holds the data sets (now {str(datasets_root())!r}); "
-                "datasets/README.md shows the expected folders"
-            )
-
-
-register_all()

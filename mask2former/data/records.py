@@ -7,7 +7,7 @@ Keys: `file_name`, `image_id`, `height`, `width`, and, depending on the loader, 
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,24 @@ _logger = logging.getLogger(__name__)
 
 
 def load_coco_instances(
-    json_file: str | Path, image_dir: str | Path, categories: Sequence[Category]
+    json_file: str | Path,
+    image_dir: str | Path,
+    categories: Sequence[Category],
+    *,
+    image_file: Callable[[Mapping[str, Any]], str] | None = None,
+    image_keys: Sequence[str] = (),
 ) -> list[Record]:
     """Reads a COCO instance file.
 
     Images without annotations are kept, with an empty list. Segmentations stay as they are in the file:
     polygons, compressed RLE or uncompressed RLE.
+
+    Args:
+        json_file: the file.
+        image_dir: folder of the images.
+        categories: that the file may use.
+        image_file: path of an image below `image_dir`; None: its "file_name".
+        image_keys: what else of an image its record keeps.
 
     Returns:
         records in the order of the image ids.
@@ -43,7 +55,7 @@ def load_coco_instances(
     """
     content = _read_json(json_file)
     lookup = contiguous_ids(categories)
-    images = _images_by_id(content, json_file)
+    images = _images_by_id(content, json_file, needs_file_name=image_file is None)
     annotations: dict[Any, list[Record]] = defaultdict(list)
     for annotation in content.get("annotations", []):
         where = f"{json_file}: annotation {annotation.get('id')} of image {annotation.get('image_id')}"
@@ -52,10 +64,13 @@ def load_coco_instances(
             raise ValueError(f"{where}: the file has no such image")
         category = _contiguous(annotation["category_id"], lookup, where)
         annotations[annotation["image_id"]].append(_instance(annotation, category))
-    return [
-        _image_record(images[image_id], image_dir) | {"annotations": annotations[image_id]}
-        for image_id in sorted(images)
-    ]
+    records = []
+    for image_id in sorted(images):
+        image = images[image_id]
+        record = _image_record(image, image_dir, image_file(image) if image_file else image["file_name"])
+        record |= {key: image[key] for key in image_keys if key in image}
+        records.append(record | {"annotations": annotations[image_id]})
+    return records
 
 
 def load_coco_panoptic(
@@ -64,11 +79,22 @@ def load_coco_panoptic(
     panoptic_dir: str | Path,
     categories: Sequence[Category],
     semantic_dir: str | Path | None = None,
+    *,
+    image_file: Callable[[Mapping[str, Any], Mapping[str, Any]], str] | None = None,
+    semantic_file: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> list[Record]:
     """Reads a COCO panoptic file.
 
-    Images whose `segments_info` is empty are kept. With `semantic_dir`, records have `sem_seg_file_name`
-    too: the file of the same name in that folder.
+    Images whose `segments_info` is empty are kept.
+
+    Args:
+        json_file: the file.
+        image_dir: folder of the images.
+        panoptic_dir: folder of the panoptic PNGs.
+        categories: that the file may use.
+        semantic_dir: folder of label maps; with it, records have `sem_seg_file_name` too.
+        image_file: path below `image_dir`, from the file's image and annotation; None: the image's "file_name".
+        semantic_file: path below `semantic_dir`, from the annotation; None: its "file_name".
 
     Returns:
         records in the order of the annotations.
@@ -79,7 +105,7 @@ def load_coco_panoptic(
     """
     content = _read_json(json_file)
     lookup = contiguous_ids(categories)
-    images = _images_by_id(content, json_file)
+    images = _images_by_id(content, json_file, needs_file_name=image_file is None)
     records = []
     for annotation in content.get("annotations", []):
         image_id = annotation.get("image_id")
@@ -93,11 +119,14 @@ def load_coco_panoptic(
             _require_keys(segment, ("id", "category_id"), where)
             category = _contiguous(segment["category_id"], lookup, where)
             segments.append(_segment(segment, category, categories[category].is_thing))
-        record = _image_record(images[image_id], image_dir)
+        image = images[image_id]
+        path = image_file(image, annotation) if image_file else image["file_name"]
+        record = _image_record(image, image_dir, path)
         record["pan_seg_file_name"] = str(Path(panoptic_dir) / annotation["file_name"])
         record["segments_info"] = segments
         if semantic_dir is not None:
-            record["sem_seg_file_name"] = str(Path(semantic_dir) / annotation["file_name"])
+            path = semantic_file(annotation) if semantic_file else annotation["file_name"]
+            record["sem_seg_file_name"] = str(Path(semantic_dir) / path)
         records.append(record)
     return records
 
@@ -160,11 +189,12 @@ def _read_json(json_file: str | Path) -> Any:
         raise ValueError(f"{json_file} is not valid JSON: {error}") from error
 
 
-def _images_by_id(content: Any, json_file: str | Path) -> dict[Any, Mapping[str, Any]]:
+def _images_by_id(content: Any, json_file: str | Path, *, needs_file_name: bool) -> dict[Any, Mapping[str, Any]]:
     if not isinstance(content, dict) or "images" not in content:
         raise ValueError(f"{json_file} is no COCO file: it has no 'images'")
+    needed = ("id", "height", "width", "file_name")[: None if needs_file_name else -1]
     for image in content["images"]:
-        _require_keys(image, ("id", "file_name", "height", "width"), f"{json_file}: image {image.get('id')}")
+        _require_keys(image, needed, f"{json_file}: image {image.get('id')}")
     return {image["id"]: image for image in content["images"]}
 
 
@@ -179,9 +209,9 @@ def _contiguous(category_id: int, lookup: Mapping[int, int], where: str) -> int:
     return lookup[category_id]
 
 
-def _image_record(image: Mapping[str, Any], image_dir: str | Path) -> Record:
+def _image_record(image: Mapping[str, Any], image_dir: str | Path, path: str) -> Record:
     return {
-        "file_name": str(Path(image_dir) / image["file_name"]),
+        "file_name": str(Path(image_dir) / path),
         "image_id": image["id"],
         "height": image["height"],
         "width": image["width"],
