@@ -1,45 +1,96 @@
 """The core's data sets in Detectron2's catalogs, and the core's mapper behind Detectron2's loaders."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import configurable
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, build_detection_test_loader
 from detectron2.data.common import DatasetFromList
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from mask2former import config
-from mask2former.data import (
-    CatalogEntry,
-    MappedDataset,
-    SegmentationMapper,
-    catalog,
-)
+from mask2former.data import CatalogEntry, MappedDataset, Record, SegmentationMapper, catalog
+from mask2former.data.catalog import Call
 from mask2former.data.training import TestImage, batch_sampler, training_mapper, training_records
 from mask2former.training import images_per_process
 
 logger = logging.getLogger(__name__)
 
 
+# Loaders of the data sets that Detectron2 registers itself
+_DETECTRON2S_LOADERS = "detectron2.data.datasets."
+
+
 def register_datasets() -> None:
     """Put every data set of the core's catalog that Detectron2 does not have into its catalogs.
 
-    A name that is taken, by Detectron2 or by another extension, is left as it is, metadata included.
+    A name that is taken, by Detectron2 or by another extension, is left as it is, metadata included. A name that
+    another extension registers later becomes that extension's: Detectron2 would refuse it, and extensions register
+    when they are imported, so that the second of two could not be imported.
     """
     for name in catalog.names():
         if name not in DatasetCatalog:
-            _register(catalog.get(name))
+            DatasetCatalog.register(name, Call(_core_records, (name,)))
+            if len(MetadataCatalog.get(name).as_dict()) <= 1:  # nothing but the name
+                MetadataCatalog[name] = _MirroredMetadata(**_fields(catalog.get(name)))
+    DatasetCatalog.register = _register_over_mirrored
 
 
-def _register(entry: CatalogEntry) -> None:
+def dataset_records(name: str) -> list[Record]:
+    """The records of a data set.
+
+    Those of the core where Detectron2 itself has registered the name, or nobody has: then both engines see the same
+    images in the same order, and records have all that the evaluators need. Detectron2's own loader of Cityscapes'
+    instances even asks for a package that is not public.
+    """
+    return catalog.get(name).load() if _is_the_cores(name) else DatasetCatalog.get(name)
+
+
+def dataset_metadata(name: str) -> Metadata:
+    """The metadata of a data set: the core's in the cases of `dataset_records`, else those in Detectron2's catalog.
+
+    Detectron2's own ones stay as they are, but lack what is needed here: the colours of ADE20K, the ids of
+    Cityscapes and LVIS.
+    """
+    return Metadata(**_fields(catalog.get(name))) if _is_the_cores(name) else MetadataCatalog.get(name)
+
+
+def _is_the_cores(name: str) -> bool:
+    if name not in catalog.names():
+        return False
+    return name not in DatasetCatalog or str(DatasetCatalog[name].__module__).startswith(_DETECTRON2S_LOADERS)
+
+
+class _MirroredMetadata(Metadata):
+    """Gives way to whatever another extension sets for the same name, where Detectron2's refuses a second value."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        self.__dict__[key] = value
+
+
+def _register_over_mirrored(name: str, func: Callable[[], list[Record]]) -> None:
+    """DatasetCatalog.register, but for a name that only the core's mirror has used."""
+    if name in DatasetCatalog and DatasetCatalog[name] == Call(_core_records, (name,)):
+        DatasetCatalog.remove(name)
+        if isinstance(MetadataCatalog.get(name), _MirroredMetadata):
+            MetadataCatalog.remove(name)
+    type(DatasetCatalog).register(DatasetCatalog, name, func)
+
+
+def _core_records(name: str) -> list[Record]:
+    return catalog.get(name).load()
+
+
+def _fields(entry: CatalogEntry) -> dict[str, Any]:
     meta = entry.metadata
     things = {c.id: i for i, c in enumerate(meta.categories) if c.is_thing}
     fields = {
+        "name": entry.name,
         "thing_classes": [c.name for c in meta.categories if c.is_thing],
         "thing_colors": [c.color for c in meta.categories if c.is_thing],
         "thing_dataset_id_to_contiguous_id": things,
@@ -54,10 +105,9 @@ def _register(entry: CatalogEntry) -> None:
         "sem_seg_root": _text(meta.sem_seg_root),
         "evaluator_type": meta.evaluator_type,
         "ignore_label": meta.ignore_label,
-        "label_divisor": 1000,
+        "label_divisor": meta.label_divisor,
     }
-    DatasetCatalog.register(entry.name, entry.load)
-    MetadataCatalog.get(entry.name).set(**{k: v for k, v in fields.items() if v is not None})
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _text(path: Any) -> str | None:
@@ -151,7 +201,7 @@ def build_train_loader(cfg: Any, start_batch: int = 0) -> DataLoader:
             f"DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', got {cfg.DATALOADER.SAMPLER_TRAIN!r}"
         )
     batch_size = images_per_process(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
-    everything = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    everything = [record for name in cfg.DATASETS.TRAIN for record in dataset_records(name)]
     without_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     records = training_records(everything, cfg.DATASETS.TRAIN, without_empty=without_empty)
     logger.info("Removed %d images without annotations, %d left", len(everything) - len(records), len(records))
@@ -180,7 +230,7 @@ def build_train_loader(cfg: Any, start_batch: int = 0) -> DataLoader:
 
 def build_test_loader(cfg: Any, dataset_name: str) -> DataLoader:
     """One image at a time, in order; the images are shared among the processes."""
-    records = DatasetCatalog.get(dataset_name)
+    records = dataset_records(dataset_name)
     return build_detection_test_loader(records, mapper=TestMapper(cfg), num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from detectron2.config import configurable
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_seg_head
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 
 from mask2former.config import criterion_arguments, inference_arguments, input_arguments
-from mask2former.d2.data import is_thing_of
+from mask2former.d2.data import dataset_metadata, is_thing_of
 from mask2former.inference import image_result
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.mask2former import Mask2Former
@@ -65,7 +64,7 @@ class MaskFormer(Mask2Former):
             ValueError: if the metadata do not say, or speak of other classes than the model has.
         """
         if self._is_thing is None:
-            metadata = MetadataCatalog.get(self.dataset_name)
+            metadata = dataset_metadata(self.dataset_name)
             self._is_thing = torch.tensor(is_thing_of(metadata, self.criterion.num_classes))
         return self._is_thing
 

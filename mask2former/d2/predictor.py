@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import MetadataCatalog
 
 from mask2former import config
 from mask2former.checkpoint import ModelDescription, save_model_file
-from mask2former.d2.data import is_thing_of
+from mask2former.d2.data import dataset_metadata, is_thing_of
 from mask2former.d2.meta_arch import MaskFormer
 from mask2former.d2.trainer import Trainer
 from mask2former.data import Category
@@ -92,4 +91,4 @@ def _load_model(cfg: Any) -> MaskFormer:
 
 
 def _categories(cfg: Any, model: MaskFormer) -> tuple[Category, ...]:
-    return categories_of(MetadataCatalog.get(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    return categories_of(dataset_metadata(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)

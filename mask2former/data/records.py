@@ -8,6 +8,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,15 @@ def filter_empty(records: Iterable[Record]) -> list[Record]:
     `DATALOADER.FILTER_EMPTY_ANNOTATIONS` does. Records without the key `annotations` (panoptic and
     semantic ones) stay.
     """
-    return [
-        record
-        for record in records
-        if "annotations" not in record or any(not a.get("iscrowd", 0) for a in record["annotations"])
-    ]
+    everything = list(records)
+    if all(isinstance(record.get("annotations", []), list) for record in everything):
+        return [record for record in everything if _has_object(record)]
+    with ThreadPoolExecutor() as pool:  # annotations that are read from a file at each pass
+        return [record for record, kept in zip(everything, pool.map(_has_object, everything), strict=True) if kept]
+
+
+def _has_object(record: Record) -> bool:
+    return "annotations" not in record or any(not a.get("iscrowd", 0) for a in record["annotations"])
 
 
 def _read_json(json_file: str | Path) -> Any:

@@ -9,8 +9,16 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks
 
-from mask2former.d2.data import MaskFormerDatasetMapper, build_test_loader, build_train_loader, register_datasets
+from mask2former.d2.data import (
+    MaskFormerDatasetMapper,
+    build_test_loader,
+    build_train_loader,
+    dataset_metadata,
+    dataset_records,
+    register_datasets,
+)
 from mask2former.data import catalog
+from mask2former.data.catalog import CatalogEntry, Category, DatasetMetadata
 
 
 def test_registration_mirrors_the_catalog_and_leaves_other_metadata_alone():
@@ -26,6 +34,104 @@ def test_registration_mirrors_the_catalog_and_leaves_other_metadata_alone():
     assert sorted(meta.thing_dataset_id_to_contiguous_id.values()) == list(range(80))
     assert len(meta.stuff_dataset_id_to_contiguous_id) == 133
     assert meta.evaluator_type == "coco_panoptic_seg"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The name of a data set in the core's catalog that Detectron2 does not have yet; forgotten afterwards."""
+    name = "toy_set"
+    monkeypatch.setattr(catalog, "_entries", {})
+    metadata = DatasetMetadata(categories=(Category(7, "cell", True, (1, 2, 3)),), evaluator_type="coco")
+    catalog.register(CatalogEntry(name, lambda: ["from the core"], metadata))
+    yield name
+    for d2_catalog in (DatasetCatalog, MetadataCatalog):
+        if name in d2_catalog:
+            d2_catalog.remove(name)
+
+
+def register_as_an_extension(name):
+    """What extensions do at import, whatever there is."""
+    DatasetCatalog.register(name, lambda: ["theirs"])
+    MetadataCatalog.get(name).set(thing_classes=["nucleus"], evaluator_type="theirs", ignore_label=7)
+
+
+def assert_theirs(name):
+    assert DatasetCatalog.get(name) == dataset_records(name) == ["theirs"]
+    fields = {"name": name, "thing_classes": ["nucleus"], "evaluator_type": "theirs", "ignore_label": 7}
+    assert MetadataCatalog.get(name).as_dict() == dataset_metadata(name).as_dict() == fields
+
+
+def test_another_extension_registers_the_name_before(toy):
+    register_as_an_extension(toy)
+    register_datasets()
+    assert_theirs(toy)
+
+
+def test_another_extension_registers_the_name_afterwards(toy):
+    register_datasets()
+    assert DatasetCatalog.get(toy) == dataset_records(toy) == ["from the core"]
+    assert MetadataCatalog.get(toy).thing_classes == ["cell"]
+    register_as_an_extension(toy)
+    assert_theirs(toy)
+    register_datasets()
+    assert_theirs(toy)
+    with pytest.raises(AssertionError, match="already registered"):  # a third time it is Detectron2's rule again
+        register_as_an_extension(toy)
+
+
+def test_another_extension_sets_metadata_first(toy):
+    register_datasets()
+    MetadataCatalog.get(toy).set(thing_classes=["nucleus"])
+    assert MetadataCatalog.get(toy).thing_classes == ["nucleus"]
+
+
+def test_metadata_that_stand_without_a_loader_are_left_alone(toy):
+    MetadataCatalog.get(toy).thing_classes = ["nucleus"]
+    register_datasets()
+    assert MetadataCatalog.get(toy).as_dict() == {"name": toy, "thing_classes": ["nucleus"]}
+    assert DatasetCatalog.get(toy) == ["from the core"]
+
+
+def test_detectron2s_own_sets_are_untouched_but_read_by_the_core(monkeypatch, tmp_path):
+    """Its loader of Cityscapes' instances cannot be imported; the core's says what is missing."""
+    names = [n for n in catalog.names() if str(DatasetCatalog[n].__module__).startswith("detectron2.")]
+    assert {n.rsplit("_", 1)[0] for n in names} == {
+        "coco_2017", "ade20k_sem_seg", "lvis_v1", "cityscapes_fine_instance_seg", "cityscapes_fine_sem_seg",
+        "cityscapes_fine_panoptic", "coco_2017_train", "coco_2017_val",
+    }  # fmt: skip
+    before = {name: MetadataCatalog.get(name).as_dict() for name in names}
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    for name in names:
+        fields = dataset_metadata(name)
+        expected = catalog.get(name).metadata
+        assert fields.stuff_classes == [c.name for c in expected.categories]
+        assert fields.evaluator_type == expected.evaluator_type
+        assert len(fields.thing_dataset_id_to_contiguous_id) == sum(c.is_thing for c in expected.categories)
+        with pytest.raises(FileNotFoundError, match=rf"'{name}' needs"):
+            dataset_records(name)
+    assert {name: MetadataCatalog.get(name).as_dict() for name in names} == before
+
+
+@pytest.mark.parametrize("name", ["ade20k_sem_seg_val", "cityscapes_fine_sem_seg_val", "cityscapes_fine_panoptic_val",
+                                  "cityscapes_fine_instance_seg_val", "lvis_v1_val", "coco_2017_val"])  # fmt: skip
+def test_names_of_classes_and_kind_are_detectron2s(name):
+    if name.startswith("lvis"):  # set by its loader
+        from detectron2.data.datasets.lvis import get_lvis_instances_meta
+
+        own = get_lvis_instances_meta("lvis_v1")["thing_classes"]
+    else:
+        metadata = MetadataCatalog.get(name)
+        own = metadata.thing_classes if metadata.evaluator_type in ("coco", "cityscapes_instance") else (
+            metadata.stuff_classes)  # fmt: skip
+    metadata = catalog.get(name).metadata
+    assert [c.name for c in metadata.categories] == list(own)
+    assert metadata.evaluator_type == MetadataCatalog.get(name).evaluator_type
+
+
+def test_colors_of_coco_and_cityscapes_are_detectron2s():
+    for name in ("coco_2017_val", "cityscapes_fine_panoptic_val"):
+        own = MetadataCatalog.get(name).thing_colors
+        assert [c.color for c in catalog.get(name).metadata.categories] == [tuple(color) for color in own]
 
 
 def test_same_contiguous_ids_as_detectron2s_own_panoptic_set():
