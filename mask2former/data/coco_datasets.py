@@ -137,7 +137,7 @@ def stuff_10k(name: str, part: str) -> CatalogEntry:
         root / "images_detectron2" / part,
         root / "annotations_detectron2" / part,
         categories="coco_stuff",
-        made_by="datasets/prepare_coco_stuff_10k.py",
+        made_by="datasets/prepare_coco_stuff_10k_sem_seg.py",
     )
 
 

@@ -22,7 +22,7 @@ _TRANSPOSE_BY_ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's readers raise for damaged files, apart from FileNotFoundError, which says enough.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(path: str | Path, format: ImageFormat = "RGB") -> NDArray[np.uint8]:
@@ -76,7 +76,7 @@ def _read(path: str | Path, convert: Callable[[Image.Image], T]) -> T:
             return convert(image)
     except FileNotFoundError:
         raise
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 
 

@@ -61,7 +61,7 @@ def panoptic(name: str, half: str) -> CatalogEntry:
 
 
 def instance(name: str, half: str) -> CatalogEntry:
-    """37 things, in the COCO file that `datasets/prepare_mapillary_instance.py` makes."""
+    """37 things, in the COCO file that `datasets/prepare_mapillary_vistas_ins_seg.py` makes."""
     paths = _Paths.of(half)
     metadata = DatasetMetadata(
         categories=thing_categories(), evaluator_type="coco",
@@ -92,5 +92,5 @@ def _image_file(image: Mapping[str, Any], annotation: Mapping[str, Any]) -> str:
 
 def _load_instances(name: str, paths: _Paths) -> list[Record]:
     require(name, paths.images)
-    require(name, paths.instances_json, made_by="datasets/prepare_mapillary_instance.py")
+    require(name, paths.instances_json, made_by="datasets/prepare_mapillary_vistas_ins_seg.py")
     return load_coco_instances(paths.instances_json, paths.images, thing_categories())
