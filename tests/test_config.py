@@ -10,6 +10,7 @@ import pytest
 
 from mask2former import config
 from mask2former.config import DEFAULTS
+from tests.configs import TRANSLATIONS
 
 # The keys of Detectron2 that the translation reads, as in the published COCO panoptic R50 config.
 DETECTRON2_KEYS: dict[str, Any] = {
@@ -88,24 +89,6 @@ SEMANTIC_CROP = {
     "INPUT.SIZE_DIVISIBILITY": 512,
     "INPUT.COLOR_AUG_SSD": True,
 }
-
-TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
-    config.resnet_arguments,
-    config.swin_arguments,
-    config.pixel_decoder_arguments,
-    config.transformer_decoder_arguments,
-    config.criterion_arguments,
-    config.input_arguments,
-    config.inference_arguments,
-    config.mapper_arguments,
-    config.test_resize_arguments,
-    config.optimizer_arguments,
-    config.schedule_arguments,
-    config.clip_arguments,
-    config.step_arguments,
-    config.run_arguments,
-    config.architecture_arguments,
-]
 
 # Keys of DEFAULTS that change nothing, each with the reason why it is accepted all the same.
 WITHOUT_EFFECT = {
