@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mask2former.build import PRESETS, build_model, preset
-from tests.modeling.tiny import tiny_architecture
+from tests import tiny
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -29,7 +29,7 @@ def test_unknown_preset() -> None:
 
 
 def test_build_reads_every_part_and_leaves_the_description_alone() -> None:
-    architecture = tiny_architecture(num_classes=3, num_queries=4, num_points=17)
+    architecture = tiny.architecture(num_classes=3, num_queries=4, criterion={"num_points": 17})
     architecture["input"] = {"size_divisibility": 8, "pixel_mean": [1.0, 2.0, 3.0], "image_format": "BGR"}
     before = copy.deepcopy(architecture)
     model = build_model(architecture)
@@ -44,7 +44,7 @@ def test_build_reads_every_part_and_leaves_the_description_alone() -> None:
 
 
 def test_in_features_choose_the_inputs_of_the_pixel_decoder() -> None:
-    architecture = tiny_architecture()
+    architecture = tiny.architecture()
     architecture["pixel_decoder"]["in_features"] = ["res2", "res4", "res5"]
     architecture["pixel_decoder"]["transformer_in_features"] = ["res4", "res5"]
     model = build_model(architecture).eval()
@@ -54,7 +54,7 @@ def test_in_features_choose_the_inputs_of_the_pixel_decoder() -> None:
 
 @pytest.mark.parametrize("part", ["backbone", "pixel_decoder", "transformer_decoder", "criterion", "input"])
 def test_missing_part(part: str) -> None:
-    architecture = tiny_architecture()
+    architecture = tiny.architecture()
     del architecture[part]
     with pytest.raises(ValueError, match=rf"architecture must describe every part, missing: \['{part}'\]"):
         build_model(architecture)
@@ -63,7 +63,7 @@ def test_missing_part(part: str) -> None:
 @pytest.mark.parametrize("part", ["backbone", "pixel_decoder", "transformer_decoder"])
 @pytest.mark.parametrize("name", ["vgg", None])
 def test_unknown_part(part: str, name: str | None) -> None:
-    architecture = tiny_architecture()
+    architecture = tiny.architecture()
     architecture[part]["name"] = name
     with pytest.raises(ValueError, match=rf"architecture\['{part}'\]\['name'\] must be one of .*got {name!r}"):
         build_model(architecture)
@@ -71,7 +71,7 @@ def test_unknown_part(part: str, name: str | None) -> None:
 
 @pytest.mark.parametrize("part", ["backbone", "pixel_decoder", "transformer_decoder", "criterion", "input"])
 def test_unknown_argument(part: str) -> None:
-    architecture = tiny_architecture()
+    architecture = tiny.architecture()
     architecture[part]["colour"] = 1
     with pytest.raises(TypeError, match="colour"):
         build_model(architecture)

@@ -10,60 +10,33 @@ import pytest
 
 from mask2former import config
 from mask2former.config import DEFAULTS
+from mask2former.engine.defaults import DETECTRON2_DEFAULTS
+from tests.configs import TRANSLATIONS
 
-# The keys of Detectron2 that the translation reads, as in the published COCO panoptic R50 config.
+# What the published COCO panoptic R50 config changes of Detectron2's defaults.
 DETECTRON2_KEYS: dict[str, Any] = {
+    **DETECTRON2_DEFAULTS,
     "MODEL.META_ARCHITECTURE": "MaskFormer",
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
     "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-    "MODEL.BACKBONE.NAME": "build_resnet_backbone",
     "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.RESNETS.DEPTH": 50,
     "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.RESNETS.NUM_GROUPS": 1,
-    "MODEL.RESNETS.NORM": "FrozenBN",
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
     "MODEL.RESNETS.STRIDE_IN_1X1": False,
-    "MODEL.RESNETS.RES5_DILATION": 1,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, False],
     "MODEL.SEM_SEG_HEAD.NAME": "MaskFormerHead",
     "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": 255,
     "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 133,
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 256,
-    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 4,
-    "MODEL.SEM_SEG_HEAD.NORM": "GN",
-    "INPUT.MIN_SIZE_TRAIN": (800,),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
-    "INPUT.MAX_SIZE_TRAIN": 1333,
-    "INPUT.MIN_SIZE_TEST": 800,
-    "INPUT.MAX_SIZE_TEST": 1333,
-    "INPUT.RANDOM_FLIP": "horizontal",
-    "INPUT.CROP.ENABLED": False,
-    "INPUT.CROP.TYPE": "relative_range",
-    "INPUT.CROP.SIZE": [0.9, 0.9],
     "INPUT.FORMAT": "RGB",
-    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
     "SOLVER.MAX_ITER": 368750,
     "SOLVER.BASE_LR": 1e-4,
-    "SOLVER.BASE_LR_END": 0.0,
-    "SOLVER.MOMENTUM": 0.9,
     "SOLVER.WEIGHT_DECAY": 0.05,
-    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
-    "SOLVER.GAMMA": 0.1,
     "SOLVER.STEPS": (327778, 355092),
     "SOLVER.WARMUP_FACTOR": 1.0,
     "SOLVER.WARMUP_ITERS": 10,
-    "SOLVER.WARMUP_METHOD": "linear",
-    "SOLVER.RESCALE_INTERVAL": False,
     "SOLVER.CLIP_GRADIENTS.ENABLED": True,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.01,
-    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 2.0,
     "SOLVER.AMP.ENABLED": True,
-    "TEST.DETECTIONS_PER_IMAGE": 100,
 }
 
 # What the published COCO panoptic R50 config changes of DEFAULTS.
@@ -88,24 +61,6 @@ SEMANTIC_CROP = {
     "INPUT.SIZE_DIVISIBILITY": 512,
     "INPUT.COLOR_AUG_SSD": True,
 }
-
-TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
-    config.resnet_arguments,
-    config.swin_arguments,
-    config.pixel_decoder_arguments,
-    config.transformer_decoder_arguments,
-    config.criterion_arguments,
-    config.input_arguments,
-    config.inference_arguments,
-    config.mapper_arguments,
-    config.test_resize_arguments,
-    config.optimizer_arguments,
-    config.schedule_arguments,
-    config.clip_arguments,
-    config.step_arguments,
-    config.run_arguments,
-    config.architecture_arguments,
-]
 
 # Keys of DEFAULTS that change nothing, each with the reason why it is accepted all the same.
 WITHOUT_EFFECT = {

@@ -32,9 +32,9 @@ import mask2former.modeling.postprocessing
 import mask2former.ops
 import mask2former.solver
 from mask2former import MaskTarget, build_model
-from tests.modeling.tiny import tiny_architecture
+from tests.tiny import K, architecture
 
-model = build_model(tiny_architecture())
+model = build_model(architecture())
 image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
 target = MaskTarget(torch.tensor([1]), torch.ones(1, 64, 64, dtype=torch.bool))
 sum(model.losses([image], [target]).values()).backward()
@@ -43,7 +43,7 @@ geometry = mask2former.modeling.postprocessing.MaskGeometry((64, 64), (64, 64), 
 scores = mask2former.modeling.postprocessing.semantic_segmentation(
     prediction.class_logits[0], prediction.mask_logits[0], geometry
 )
-assert scores.shape == (5, 20, 30)
+assert scores.shape == (K, 20, 30)
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"detectron2", "fvcore", "iopath", "pycocotools", "cv2"}
 print("works")

@@ -10,7 +10,7 @@ from torch import nn
 
 from mask2former.build import build_model, preset
 from mask2former.solver import clip_gradients, lr_factor, make_optimizer, parameter_groups, seed_step
-from tests.modeling.tiny import random_image, random_target, tiny_model
+from tests.tiny import random_image, random_target, tiny_model
 
 PUBLISHED = {
     "base_lr": 1e-4,

@@ -69,8 +69,9 @@ def test_freezing_freezes_the_same(norm: str, freeze_at: int) -> None:
     assert trainable(theirs) == trainable(ours)
 
 
-def test_batch_norm_trains_the_same() -> None:
-    theirs, ours = _pair(50, "BN", False)
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_batch_norm_trains_the_same(norm: str) -> None:
+    theirs, ours = _pair(50, norm, False)
     fill_weights(ours)
     theirs.load_state_dict(ours.state_dict())
     image = torch.randn(2, 3, 64, 64)

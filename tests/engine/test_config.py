@@ -1,7 +1,6 @@
 """Config files without Detectron2: inheritance, overrides, types, and messages that name key, rule and value."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -9,9 +8,7 @@ import yaml
 from mask2former import config
 from mask2former.engine.config import ALL_DEFAULTS, Config, ConfigError, get_config
 from mask2former.engine.defaults import ONLY_DEFAULT
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+from tests.configs import CONFIGS, FILES, name_of, published_sizes, value_of, write_published_style
 
 
 def write(path, text):
@@ -26,7 +23,7 @@ def refused(path, *overrides):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_file_loads_and_its_dump_gives_the_same(path, tmp_path):
     cfg = get_config(path)
     assert get_config(write(tmp_path / "dump.yaml", cfg.dump())) == cfg
@@ -50,30 +47,16 @@ def test_nearer_files_win(tmp_path):
     assert get_config(leaf, ["SOLVER.MAX_ITER", "4"]).SOLVER.MAX_ITER == 4
 
 
-def test_published_style_file(tmp_path):
-    path = write(
-        tmp_path / "leaf.yaml",
-        """
-MODEL:
-  META_ARCHITECTURE: "MaskFormer"
-  RESNETS: {DEPTH: 50, STEM_TYPE: "basic", RES5_MULTI_GRID: [1, 1, 1]}
-  SEM_SEG_HEAD: {LOSS_WEIGHT: 1.0}
-  RPN: {NMS_THRESH: 0.5}
-DATASETS:
-  TRAIN: ("made_up_train",)
-SOLVER: {BASE_LR: 1e-4}
-INPUT:
-  MIN_SIZE_TRAIN: !!python/object/apply:eval ["[int(x * 0.1 * 640) for x in range(5, 21)]"]
-TEST:
-  AUG: {ENABLED: False, MIN_SIZES: [1, 2], MAX_SIZE: 3, FLIP: True}
-VERSION: 2
-""",
-    )
-    cfg = get_config(path)
-    assert cfg.INPUT.MIN_SIZE_TRAIN[:3] == (320, 384, 448)
-    assert len(cfg.INPUT.MIN_SIZE_TRAIN) == 16
+@pytest.mark.parametrize("shortest", [512, 640, 1024, 2048])
+def test_published_style_file(shortest, tmp_path):
+    cfg = get_config(write_published_style(tmp_path, shortest))
+    assert tuple(published_sizes(shortest)) == cfg.INPUT.MIN_SIZE_TRAIN
     assert cfg.DATASETS.TRAIN == ("made_up_train",)
-    assert cfg.SOLVER.BASE_LR == 1e-4
+    assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR"
+
+
+def test_numbers_that_yaml_takes_for_texts(tmp_path):
+    assert get_config(write(tmp_path / "x.yaml", "SOLVER: {BASE_LR: 1e-4}\n")).SOLVER.BASE_LR == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -88,11 +71,8 @@ VERSION: 2
     ],
 )
 def test_overrides_get_the_type_of_the_default(key, text, value):
-    node = get_config(None, [key, text])
-    for part in key.split("."):
-        node = getattr(node, part)
-    assert node == value
-    assert type(node) is type(value)
+    found = value_of(get_config(None, [key, text]), key)
+    assert (type(found), found) == (type(value), value)
 
 
 def test_config_is_frozen():

@@ -11,7 +11,7 @@ from torch import Tensor
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.losses import dice, sigmoid_cross_entropy
 from mask2former.modeling.structures import MaskPrediction, MaskTarget
-from tests.modeling.tiny import random_predictions, random_target
+from tests.tiny import random_target
 
 CANVAS = (32, 48)
 
@@ -22,6 +22,19 @@ def _criterion(**changes: float) -> SetCriterion:
 
 def _targets(*counts: int) -> list[MaskTarget]:
     return [random_target(n, 30, 41) for n in counts]
+
+
+def _random_predictions(
+    layers: int, batch: int, queries: int, *, num_classes: int = 5, size: tuple[int, int] = (8, 12)
+) -> list[MaskPrediction]:
+    """Random logits that require a gradient."""
+    return [
+        MaskPrediction(
+            (2 * torch.randn(batch, queries, num_classes + 1)).requires_grad_(),
+            (3 * torch.randn(batch, queries, *size)).requires_grad_(),
+        )
+        for _ in range(layers)
+    ]
 
 
 def _losses(
@@ -98,7 +111,7 @@ def test_perfect_predictions_cost_nothing() -> None:
 
 
 def test_layers_do_not_influence_each_other() -> None:
-    predictions, targets = random_predictions(3, 2, 6), _targets(3, 2)
+    predictions, targets = _random_predictions(3, 2, 6), _targets(3, 2)
     losses = _losses(_criterion(), predictions, targets)
     losses["loss_mask_1"].backward(retain_graph=True)
     losses["loss_ce_1"].backward(retain_graph=True)
@@ -106,7 +119,7 @@ def test_layers_do_not_influence_each_other() -> None:
     assert predictions[1].class_logits.grad.any()
     for other in (0, 2):
         assert all(x.grad is None or not x.grad.any() for x in predictions[other])
-    changed = [predictions[0], predictions[1], random_predictions(1, 2, 6)[0]]
+    changed = [predictions[0], predictions[1], _random_predictions(1, 2, 6)[0]]
     again = _losses(_criterion(), changed, targets)
     for name in ("loss_ce_0", "loss_ce_1"):
         torch.testing.assert_close(again[name], losses[name], rtol=1e-6, atol=0)
@@ -115,7 +128,7 @@ def test_layers_do_not_influence_each_other() -> None:
 
 def test_images_share_the_batch_normalisation_only() -> None:
     """The class loss over a batch is the weighted mean of the images' class losses."""
-    predictions, targets = random_predictions(1, 3, 6), _targets(3, 0, 6)
+    predictions, targets = _random_predictions(1, 3, 6), _targets(3, 0, 6)
     together = _losses(_criterion(), predictions, targets)["loss_ce"].item()
     weights = [len(t.labels) + 0.1 * (6 - len(t.labels)) for t in targets]
     alone = [
@@ -129,7 +142,7 @@ def test_images_share_the_batch_normalisation_only() -> None:
 @pytest.mark.parametrize("size", [(30, 41), (0, 0)])
 def test_empty_images_give_finite_losses_and_gradients(counts: tuple[int, int], size: tuple[int, int]) -> None:
     targets = [random_target(n, *(size if n == 0 else (30, 41))) for n in counts]
-    predictions = random_predictions(3, 2, 6)
+    predictions = _random_predictions(3, 2, 6)
     losses = _losses(_criterion(), predictions, targets)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
@@ -148,7 +161,7 @@ def test_empty_images_give_finite_losses_and_gradients(counts: tuple[int, int], 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_logits_warn_and_leave_the_other_images_losses(bad: float) -> None:
-    criterion, predictions, targets = _criterion(), random_predictions(2, 2, 6), _targets(3, 2)
+    criterion, predictions, targets = _criterion(), _random_predictions(2, 2, 6), _targets(3, 2)
     with torch.no_grad():
         predictions[0].mask_logits[1] = bad
     with pytest.warns(UserWarning, match="not finite.*image 1 of the batch, decoder layer 0"):
@@ -160,7 +173,7 @@ def test_bad_logits_warn_and_leave_the_other_images_losses(bad: float) -> None:
 
 
 def test_persistent_bad_logits_raise() -> None:
-    criterion, predictions, targets = _criterion(), random_predictions(1, 2, 6), _targets(3, 2)
+    criterion, predictions, targets = _criterion(), _random_predictions(1, 2, 6), _targets(3, 2)
     with torch.no_grad():
         predictions[0].class_logits[0] = float("nan")
     with warnings.catch_warnings(), pytest.raises(FloatingPointError, match=r"image 0 of the batch.*call 10"):
@@ -170,7 +183,7 @@ def test_persistent_bad_logits_raise() -> None:
 
 
 def test_more_targets_than_queries() -> None:
-    predictions, targets = random_predictions(2, 2, 3), _targets(7, 1)
+    predictions, targets = _random_predictions(2, 2, 3), _targets(7, 1)
     with pytest.warns(UserWarning, match="7 targets but the model only 3 queries"):
         losses = _losses(_criterion(), predictions, targets)
     sum(losses.values()).backward()
@@ -178,7 +191,7 @@ def test_more_targets_than_queries() -> None:
 
 
 def test_one_query_and_one_class() -> None:
-    predictions = random_predictions(2, 2, 1, num_classes=1)
+    predictions = _random_predictions(2, 2, 1, num_classes=1)
     targets = [random_target(1, 30, 41, num_classes=1), random_target(0, 30, 41, num_classes=1)]
     losses = _losses(_criterion(num_classes=1), predictions, targets)
     weight = torch.tensor([1.0, 0.1])
@@ -187,7 +200,7 @@ def test_one_query_and_one_class() -> None:
 
 
 def test_deep_supervision_off_looks_at_the_last_prediction_only() -> None:
-    predictions, targets = random_predictions(4, 2, 6), _targets(3, 2)
+    predictions, targets = _random_predictions(4, 2, 6), _targets(3, 2)
     criterion = _criterion(deep_supervision=False)
     losses = _losses(criterion, predictions, targets)
     assert set(losses) == {"loss_ce", "loss_mask", "loss_dice"}
@@ -197,7 +210,7 @@ def test_deep_supervision_off_looks_at_the_last_prediction_only() -> None:
 
 
 def test_generator_determines_the_losses() -> None:
-    predictions, targets = random_predictions(2, 2, 6), _targets(3, 2)
+    predictions, targets = _random_predictions(2, 2, 6), _targets(3, 2)
     first, second = (_losses(_criterion(), predictions, targets, seed=7) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     other = _losses(_criterion(), predictions, targets, seed=8)
@@ -205,14 +218,14 @@ def test_generator_determines_the_losses() -> None:
 
 
 def test_masks_smaller_than_the_canvas_are_padded_with_zeros() -> None:
-    predictions, targets = random_predictions(2, 2, 6), _targets(3, 2)
+    predictions, targets = _random_predictions(2, 2, 6), _targets(3, 2)
     padded = [MaskTarget(t.labels, F.pad(t.masks, (0, 48 - 41, 0, 32 - 30))) for t in targets]
     found, expected = (_losses(_criterion(), predictions, t) for t in (targets, padded))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_bool_and_uint8_masks_give_the_same_and_are_never_converted_whole() -> None:
-    predictions, targets = random_predictions(2, 2, 6), _targets(3, 2)
+    predictions, targets = _random_predictions(2, 2, 6), _targets(3, 2)
     as_bytes = [MaskTarget(t.labels, t.masks.to(torch.uint8)) for t in targets]
     torch.testing.assert_close(
         _losses(_criterion(), predictions, targets), _losses(_criterion(), predictions, as_bytes), rtol=0, atol=0
@@ -235,7 +248,7 @@ class _LargestFloat(torch.utils._python_dispatch.TorchDispatchMode):
 def test_masks_stay_bool() -> None:
     """No float tensor is as large as one target's masks: ground truth is only read at the points."""
     target = MaskTarget(torch.zeros(40, dtype=torch.int64), torch.rand(40, 512, 512) > 0.5)
-    predictions = random_predictions(1, 1, 6)
+    predictions = _random_predictions(1, 1, 6)
     with _LargestFloat() as tracker, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _criterion()(predictions, [target], (512, 512))
@@ -244,7 +257,7 @@ def test_masks_stay_bool() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_logits_under_autocast_give_float32_losses(dtype: torch.dtype) -> None:
-    predictions, targets = random_predictions(2, 2, 6), _targets(3, 2)
+    predictions, targets = _random_predictions(2, 2, 6), _targets(3, 2)
     half = [MaskPrediction(*(x.to(dtype) for x in p)) for p in predictions]
     exact = _losses(_criterion(), [MaskPrediction(*(x.float() for x in p)) for p in half], targets)
     with torch.autocast("cpu", dtype=dtype):
@@ -264,7 +277,7 @@ def test_weighted_multiplies_by_kind_not_by_layer() -> None:
 
 
 def test_no_object_weight_acts() -> None:
-    predictions, targets = random_predictions(1, 2, 6), _targets(0, 2)
+    predictions, targets = _random_predictions(1, 2, 6), _targets(0, 2)
     light, heavy = (
         _losses(_criterion(no_object_weight=w), predictions, targets)["loss_ce"].item() for w in (1e-6, 1e6)
     )
@@ -325,19 +338,19 @@ BOOL = torch.ones(2, 8, 8, dtype=torch.bool)
 )
 def test_wrong_targets_are_named(target: MaskTarget, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _losses(_criterion(), random_predictions(1, 2, 6), [random_target(1, 8, 8), target])
+        _losses(_criterion(), _random_predictions(1, 2, 6), [random_target(1, 8, 8), target])
 
 
 def test_number_of_targets_must_be_that_of_images() -> None:
     with pytest.raises(ValueError, match="targets must hold one entry for each of the 2 images, got 1"):
-        _losses(_criterion(), random_predictions(1, 2, 6), _targets(1))
+        _losses(_criterion(), _random_predictions(1, 2, 6), _targets(1))
 
 
 @pytest.mark.parametrize(("other_rank", "divisor"), [(5, 4.0), (0, 1.5), (200, 101.5)])
 def test_mask_losses_are_divided_by_the_mean_number_of_targets_of_all_processes(
     other_rank: int, divisor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predictions, targets = random_predictions(1, 2, 6), _targets(1, 2)
+    predictions, targets = _random_predictions(1, 2, 6), _targets(1, 2)
     alone = _losses(_criterion(), predictions, targets)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -352,7 +365,7 @@ def test_mask_losses_are_divided_by_the_mean_number_of_targets_of_all_processes(
 
 def test_class_losses_of_two_processes_average_to_that_of_one_with_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process has three targets, the other none: its class loss counts for as much as its weights are."""
-    predictions, targets = random_predictions(1, 2, 6), _targets(1, 2)
+    predictions, targets = _random_predictions(1, 2, 6), _targets(1, 2)
     nothing = [MaskTarget(t.labels[:0], t.masks[:0]) for t in targets]
     twice = [MaskPrediction(*(torch.cat([field, field]) for field in p)) for p in predictions]
     whole = _losses(_criterion(), twice, [*targets, *nothing])["loss_ce"]
@@ -370,7 +383,7 @@ def test_class_losses_of_two_processes_average_to_that_of_one_with_all_images(mo
 
 
 def test_the_divisor_is_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictions, targets = random_predictions(1, 1, 6), _targets(1)
+    predictions, targets = _random_predictions(1, 1, 6), _targets(1)
     alone = _losses(_criterion(), predictions, targets)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)

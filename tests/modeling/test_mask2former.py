@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mask2former.modeling.mask2former import Mask2Former, SegmentationHead
 from mask2former.modeling.structures import MaskTarget
-from tests.modeling.tiny import BACKBONES, random_image, random_target, tiny_model
+from tests.tiny import BACKBONES, K, Q, random_image, random_target, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def test_extreme_images(backbone: str, sizes: list[tuple[int, int]]) -> None:
     model = tiny_model(backbone=backbone).eval()
     batch = model.batch_images([random_image(*s) for s in sizes])
     (prediction,) = model(batch)
-    assert prediction.class_logits.shape == (len(sizes), 7, 6)
-    assert prediction.mask_logits.shape == (len(sizes), 7, batch.shape[2] // 4, batch.shape[3] // 4)
+    assert prediction.class_logits.shape == (len(sizes), Q, K + 1)
+    assert prediction.mask_logits.shape == (len(sizes), Q, batch.shape[2] // 4, batch.shape[3] // 4)
     assert prediction.class_logits.isfinite().all()
     assert prediction.mask_logits.isfinite().all()
 

@@ -61,6 +61,19 @@ def test_frozen_norm_equals_norm_in_eval_mode(norm: str) -> None:
         torch.testing.assert_close(frozen(image)[name], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_synchronised_norm_alone_on_a_cpu_trains_as_batch_norm() -> None:
+    alone, batch = ResNet(**TINY, norm="SyncBN").train(), ResNet(**TINY, norm="BN").train()
+    fill_weights(batch)
+    alone.load_state_dict(batch.state_dict())
+    image = torch.randn(2, 3, 40, 56)
+    for backbone in (alone, batch):
+        backbone(image)["res5"].square().sum().backward()
+    for (name, found), expected in zip(alone.named_parameters(), batch.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad), name
+    for (name, found), expected in zip(alone.named_buffers(), batch.buffers(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 def test_frozen_norm_is_constant() -> None:
     frozen = FrozenBatchNorm2d(3)
     assert list(frozen.parameters()) == []

@@ -54,6 +54,12 @@ def test_out_features_choose_outputs_and_norms() -> None:
     assert norms == {"norm1", "norm2"}
 
 
+def test_it_can_be_built_without_memory() -> None:
+    with torch.device("meta"):
+        backbone = SwinTransformer(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12)
+    assert all(tensor.is_meta for tensor in backbone.state_dict().values())
+
+
 def _neighbours(height: int, width: int, side: int) -> Tensor:
     """(windows, T, T): tokens of a shifted window that wrapped around the border equally, token by token."""
     shift = side // 2
