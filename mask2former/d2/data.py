@@ -21,6 +21,7 @@ from mask2former.data import (
     catalog,
 )
 from mask2former.data.training import TestImage, batch_sampler, training_mapper, training_records
+from mask2former.own_data import register_custom_datasets
 from mask2former.training import images_per_process
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,17 @@ def register_datasets() -> None:
     for name in catalog.names():
         if name not in DatasetCatalog:
             _register(catalog.get(name))
+
+
+def register_datasets_of(cfg: Any) -> None:
+    """Put DATASETS.CUSTOM of a config into the core's catalog and into Detectron2's.
+
+    Raises:
+        FileNotFoundError: if files of such a data set do not exist; Detectron2 wants to know its classes now.
+        ValueError: if the list is wrong, or a name belongs to another data set.
+    """
+    register_custom_datasets(**config.custom_dataset_arguments(cfg))
+    register_datasets()
 
 
 def _register(entry: CatalogEntry) -> None:
