@@ -1,10 +1,12 @@
-"""Commands: ``python -m mask2former export`` writes a model file from a config and its weights."""
+"""Commands: ``python -m mask2former export`` writes a model file, ``data`` checks and prepares one's own data."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
+
+from mask2former.own_data.commands import add_data_commands
 
 DTYPES = ("float16", "float32")
 
@@ -13,19 +15,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mask2former", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_export, add_data_commands):
+        add(commands)
+    args = parser.parse_args(arguments)
+    return int(args.run(args))
+
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write a model file that needs neither config nor Detectron2")
     export.add_argument("--config-file", required=True, help="YAML config of the model")
     export.add_argument("--weights", required=True, help="checkpoint of the training")
-    export.add_argument("--to", required=True, help="file to write, *.safetensors")
+    export.add_argument("--to", required=True, type=_model_file, help="file to write, *.safetensors")
     export.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored weights")
-    export.add_argument("--note", action="append", default=[], metavar="NAME=TEXT", help="kept in the file")
+    export.add_argument("--note", action="append", default=[], type=_note, metavar="NAME=TEXT", help="kept in the file")
     export.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
-    args = parser.parse_args(arguments)
-    if not args.to.endswith(".safetensors"):
-        export.error(f"--to must end with .safetensors, got {args.to}")
-    if not all("=" in note for note in args.note):
-        export.error(f"--note must have the form NAME=TEXT, got {args.note}")
-    return _export(args)
+    export.set_defaults(run=_export)
+
+
+def _model_file(text: str) -> str:
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"must end with .safetensors, got {text}")
+    return text
+
+
+def _note(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"must have the form NAME=TEXT, got {text}")
+    return name, value
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -40,8 +57,7 @@ def _export(args: argparse.Namespace) -> int:
         from mask2former.d2 import export_model, get_config
 
     cfg = get_config(args.config_file, [*args.opts, "MODEL.WEIGHTS", args.weights])
-    notes = dict(note.split("=", 1) for note in args.note)
-    description = export_model(cfg, args.to, dtype=getattr(torch, args.dtype), notes=notes)
+    description = export_model(cfg, args.to, dtype=getattr(torch, args.dtype), notes=dict(args.note))
     print(f"{args.to}: {len(description.categories)} classes, for {', '.join(description.settings.tasks)}")
     return 0
 

@@ -212,6 +212,15 @@ def _resize_crop_color_arguments(cfg: Any, source: str) -> dict[str, Any]:
     }
 
 
+def custom_dataset_arguments(cfg: Any) -> dict[str, Any]:
+    """DATASETS.CUSTOM -> what is to be registered, and what the training expects of it."""
+    return {
+        "datasets": [dict(row) if isinstance(row, dict) else row for row in cfg.DATASETS.CUSTOM],
+        "trained": list(cfg.DATASETS.TRAIN),
+        "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+    }
+
+
 def test_resize_arguments(cfg: Any) -> dict[str, Any]:
     """The size of a test image: `shortest` side, unless the `longest` would exceed its bound."""
     return {"shortest": cfg.INPUT.MIN_SIZE_TEST, "longest": cfg.INPUT.MAX_SIZE_TEST}

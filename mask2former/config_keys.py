@@ -5,6 +5,7 @@ from typing import Any
 # Every key that Detectron2 itself does not define, with its published default. A key of `add_deeplab_config`
 # is here only if published configs set it; the rest of those keys belong to models that are not built here.
 DEFAULTS: dict[str, Any] = {
+    "DATASETS.CUSTOM": [],  # new; see docs/custom_dataset.md
     "INPUT.DATASET_MAPPER_NAME": "mask_former_semantic",
     "INPUT.COLOR_AUG_SSD": False,
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": 1.0,

@@ -25,6 +25,7 @@ TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
     config.input_arguments,
     config.inference_arguments,
     config.mapper_arguments,
+    config.custom_dataset_arguments,
     config.test_resize_arguments,
     config.optimizer_arguments,
     config.schedule_arguments,

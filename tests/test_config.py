@@ -26,6 +26,7 @@ DETECTRON2_KEYS: dict[str, Any] = {
     "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 133,
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 256,
+    "DATASETS.TRAIN": ["coco_2017_train_panoptic"],
     "INPUT.FORMAT": "RGB",
     "SOLVER.MAX_ITER": 368750,
     "SOLVER.BASE_LR": 1e-4,

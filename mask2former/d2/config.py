@@ -7,6 +7,7 @@ from os import PathLike, fspath
 from detectron2.config import CfgNode, get_cfg
 
 from mask2former.config import DEFAULTS
+from mask2former.d2.data import register_datasets_of
 
 
 def add_maskformer2_config(cfg: CfgNode) -> None:
@@ -27,7 +28,7 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
 
 
 def get_config(config_file: str | PathLike[str], overrides: Sequence[str] = ()) -> CfgNode:
-    """A config as the published `train_net.py` sets it up, not frozen.
+    """A config as the published `train_net.py` sets it up, not frozen; its DATASETS.CUSTOM are registered.
 
     Args:
         config_file: YAML in Detectron2's form. As everywhere in Detectron2, tags that call Python are run,
@@ -47,4 +48,5 @@ def get_config(config_file: str | PathLike[str], overrides: Sequence[str] = ()) 
     add_maskformer2_config(cfg)
     cfg.merge_from_file(fspath(config_file))
     cfg.merge_from_list(list(overrides))
+    register_datasets_of(cfg)
     return cfg

@@ -17,6 +17,7 @@ from mask2former import config
 from mask2former.data import CatalogEntry, MappedDataset, Record, SegmentationMapper, catalog
 from mask2former.data.catalog import Call
 from mask2former.data.training import TestImage, batch_sampler, training_mapper, training_records
+from mask2former.own_data import register_custom_datasets
 from mask2former.training import images_per_process
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,17 @@ def _register_over_mirrored(name: str, func: Callable[[], list[Record]]) -> None
 
 def _core_records(name: str) -> list[Record]:
     return catalog.get(name).load()
+
+
+def register_datasets_of(cfg: Any) -> None:
+    """Put DATASETS.CUSTOM of a config into the core's catalog and into Detectron2's.
+
+    Raises:
+        FileNotFoundError: if files of such a data set do not exist; Detectron2 wants to know its classes now.
+        ValueError: if the list is wrong, or a name belongs to another data set.
+    """
+    register_custom_datasets(**config.custom_dataset_arguments(cfg))
+    register_datasets()
 
 
 def _fields(entry: CatalogEntry) -> dict[str, Any]:

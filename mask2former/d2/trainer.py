@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from mask2former import config, solver, training
-from mask2former.d2.data import build_test_loader, build_train_loader
+from mask2former.d2.data import build_test_loader, build_train_loader, register_datasets_of
 from mask2former.d2.evaluation import build_evaluator
 from mask2former.modeling.mask2former import Mask2Former
 
@@ -54,11 +54,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: Any) -> nn.Module:
-        """The model.
+        """The model, after the data sets of DATASETS.CUSTOM were registered, for configs of other origin.
 
         Raises:
             ValueError: if the config describes another kind of model, which this trainer would train wrongly.
         """
+        register_datasets_of(cfg)
         kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
         if not (isinstance(kind, type) and issubclass(kind, Mask2Former)):
             raise ValueError(

@@ -70,6 +70,16 @@ def read_panoptic_colors(path: str | Path) -> NDArray[np.uint8]:
     return _read(path, _color_pixels)
 
 
+def read_binary_mask(path: str | Path) -> NDArray[np.bool_]:
+    """Reads a mask of one object: (H, W), True where any channel but transparency is not 0 (of a palette: the index).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image or is damaged.
+    """
+    return _read(path, _mask_pixels)
+
+
 def _read(path: str | Path, convert: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
@@ -97,6 +107,14 @@ def _label_pixels(image: Image.Image) -> NDArray[Any]:
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
         raise ValueError(f"a label map must have one channel of whole numbers, got mode {image.mode}")
     return labels.astype(np.uint8) if labels.dtype == np.bool_ else labels
+
+
+def _mask_pixels(image: Image.Image) -> NDArray[np.bool_]:
+    pixels = np.array(image)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        pixels = pixels[..., :-1]
+    covered: NDArray[np.bool_] = (pixels if pixels.ndim == 2 else pixels.any(axis=2)) != 0
+    return covered
 
 
 def _color_pixels(image: Image.Image) -> NDArray[np.uint8]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from mask2former.config import DEFAULTS
+from mask2former.config import DEFAULTS, custom_dataset_arguments
 from mask2former.engine.defaults import DETECTRON2_DEFAULTS, ONLY_DEFAULT, is_ignored
 from mask2former.engine.yaml_files import ConfigError, Tree, read_yaml
+from mask2former.own_data import register_custom_datasets
 
 __all__ = ["ALL_DEFAULTS", "Config", "ConfigError", "get_config"]
 
@@ -58,7 +59,7 @@ class Config:
 
 
 def get_config(config_file: str | PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a config.
+    """Read a config, and register its DATASETS.CUSTOM.
 
     Args:
         config_file: YAML in Detectron2's form; None: defaults alone.
@@ -81,7 +82,12 @@ def get_config(config_file: str | PathLike[str] | None, overrides: Sequence[str]
         if values[key] != ALL_DEFAULTS[key]:
             rule = f"must be {ALL_DEFAULTS[key]!r} with the embedded engine, got {values[key]!r}"
             raise ConfigError(f"{key} {rule}: {reason}")
-    return Config(values)
+    cfg = Config(values)
+    try:
+        register_custom_datasets(**custom_dataset_arguments(cfg))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return cfg
 
 
 def _flatten(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
