@@ -5,6 +5,8 @@ pixels, in rows and in columns, of one that is not in the mask. All that lies ou
 mask.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +26,7 @@ def boundary_distance(size: tuple[int, ...], ratio: float = DILATION_RATIO) -> i
     """
     if not ratio > 0:
         raise ValueError(f"ratio must be above 0, got {ratio}")
-    return max(1, round(float(np.hypot(*size)) * ratio))
+    return max(1, round(math.hypot(*size) * ratio))
 
 
 def segment_boundaries(ids: npt.NDArray[np.integer], distance: int) -> BoolArray:

@@ -243,9 +243,7 @@ def _checked_map(name: str, ids: npt.ArrayLike) -> IdMap:
     return array
 
 
-def _joint_histogram(
-    target: IdMap, target_ids: IntArray, predicted: IdMap, predicted_ids: IntArray
-) -> IntArray:
+def _joint_histogram(target: IdMap, target_ids: IntArray, predicted: IdMap, predicted_ids: IntArray) -> IntArray:
     """Counts the pixels of each pair of ids.
 
     Args:
