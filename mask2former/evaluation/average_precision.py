@@ -1,7 +1,5 @@
 """Average precision of instances, computed by pycocotools' COCOeval: the official COCO numbers."""
 
-import contextlib
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-IOU_TYPES = ("segm", "bbox")
+from mask2former.data.targets import mask_from_segmentation
+from mask2former.evaluation.boundary import boundary_distance, mask_boundaries
+from mask2former.evaluation.class_names import distinct_names
+from mask2former.evaluation.coco_matching import category_precision, import_pycocotools
+
+IOU_TYPES = ("segm", "bbox", "boundary")
 MAX_DETECTIONS = 100
 FloatArray = npt.NDArray[np.float64]
 
@@ -23,11 +26,15 @@ class InstanceAP:
         coco_json: COCO instance annotations (polygons, RLE, crowds) with ``images``, ``annotations`` and
             ``categories``.
         category_ids: the dataset id of each contiguous category. Other categories of the file are left out.
-        iou_types: any of "segm" (masks) and "bbox" (boxes).
+        iou_types: any of "segm" (masks), "bbox" (boxes) and "boundary" (Cheng et al., "Boundary IoU", CVPR 2021: the
+            smaller IoU of masks and of their boundary regions).
+
+    A pickled metric leaves the annotations behind, so that processes can send theirs to each other: ``merge`` takes
+    it, but its own ``compute`` does not work any more.
 
     Attributes:
-        results: one plain dict per prediction in COCO's result format, with dataset category ids. To join
-            several processes, gather ``results`` and ``image_ids``, or use ``merge``.
+        results: one plain dict per prediction in COCO's result format, with dataset category ids; with "boundary"
+            also the boundary region as RLE.
         image_ids: the images seen, in order.
 
     Raises:
@@ -41,42 +48,52 @@ class InstanceAP:
         *,
         coco_json: str | os.PathLike[str],
         category_ids: Sequence[int],
-        iou_types: Sequence[str] = IOU_TYPES,
+        iou_types: Sequence[str] = ("segm", "bbox"),
     ) -> None:
         unknown = [t for t in iou_types if t not in IOU_TYPES]
         if unknown or not iou_types:
             raise ValueError(f"iou_types must name some of {IOU_TYPES}, got {tuple(iou_types)}")
-        _import_pycocotools()
+        import_pycocotools()
         self.iou_types = tuple(iou_types)
         self.category_ids = tuple(int(i) for i in category_ids)
         self.results: list[dict[str, Any]] = []
         self.image_ids: list[int | str] = []
         self._seen: set[int | str] = set()
+        self._truth_boundaries: dict[int, dict[str, Any]] = {}
         with Path(coco_json).open(encoding="utf-8") as file:
-            self._ground_truth: dict[str, Any] = json.load(file)
-        self._prepare_annotations()
-        self._images = {image["id"]: image for image in self._ground_truth["images"]}
-        self._names = self._read_names(coco_json)
+            content: dict[str, Any] = json.load(file)
+        self._images = {image["id"]: image for image in content["images"]}
+        self._annotations: dict[int | str, list[dict[str, Any]]] = {i: [] for i in self._images}
+        self._read_annotations(content["annotations"])
+        self._read_categories(content["categories"], os.fspath(coco_json))
 
-    def _prepare_annotations(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_images": {}, "_annotations": {}}
+
+    def _read_annotations(self, annotations: Sequence[dict[str, Any]]) -> None:
         required = {"image_id", "category_id", "area", "bbox"}
-        required |= {"segmentation"} if "segm" in self.iou_types else set()
-        for number, annotation in enumerate(self._ground_truth["annotations"], start=1):
+        required |= {"segmentation"} if self._needs_masks else set()
+        for number, annotation in enumerate(annotations, start=1):
             absent = sorted(required - annotation.keys())
             if absent:
                 raise ValueError(f"coco_json: annotation {annotation.get('id')} lacks {absent}")
             annotation.setdefault("iscrowd", 0)
             # COCOeval takes the id 0 for "unmatched" and needs ids to be unique; nothing else reads them.
             annotation["id"] = number
+            self._annotations.setdefault(annotation["image_id"], []).append(annotation)
 
-    def _read_names(self, coco_json: str | os.PathLike[str]) -> list[str]:
-        names = {category["id"]: str(category["name"]) for category in self._ground_truth["categories"]}
+    def _read_categories(self, categories: Sequence[Mapping[str, Any]], file: str) -> None:
+        names = {category["id"]: str(category["name"]) for category in categories}
         if len(set(self.category_ids)) != len(self.category_ids) or not self.category_ids:
             raise ValueError(f"category_ids must be different ids, at least one, got {self.category_ids}")
         absent = [i for i in self.category_ids if i not in names]
         if absent:
-            raise ValueError(f"category_ids must be in {os.fspath(coco_json)}, which lacks {absent}")
-        return [names[i] for i in self.category_ids]
+            raise ValueError(f"category_ids must be in {file}, which lacks {absent}")
+        self._names = distinct_names([names[i] for i in self.category_ids], self.category_ids)
+
+    @property
+    def _needs_masks(self) -> bool:
+        return "segm" in self.iou_types or "boundary" in self.iou_types
 
     def update(
         self,
@@ -92,7 +109,7 @@ class InstanceAP:
             image_id: as in the annotation file.
             labels: (N,) contiguous categories.
             scores: (N,) finite.
-            masks: (N, H, W) bool at the image's full size; may be None when "segm" is not evaluated.
+            masks: (N, H, W) bool at the image's full size; may be None when only "bbox" is evaluated.
             boxes: (N, 4) x1, y1, x2, y2 in pixels; may be None when "bbox" is not evaluated.
 
         Raises:
@@ -105,16 +122,36 @@ class InstanceAP:
             raise ValueError(f"image_id: every image may be given once, got {image_id!r} twice")
         label_list = self._checked_labels(labels)
         score_array = _checked_scores(scores, len(label_list))
+        score_list = score_array.tolist()
         columns: dict[str, list[Any]] = {}
-        if masks is not None or "segm" in self.iou_types:
-            columns["segmentation"] = _encode(self._checked_masks(masks, len(label_list), image_id))
+        if masks is not None or self._needs_masks:
+            mask_array = self._checked_masks(masks, len(label_list), image_id)
+            columns["segmentation"] = _encode(mask_array)
         if boxes is not None or "bbox" in self.iou_types:
             columns["bbox"] = _checked_boxes(boxes, len(label_list)).tolist()
+        if "boundary" in self.iou_types:
+            columns["boundary"] = _encode(mask_boundaries(mask_array, boundary_distance(mask_array.shape[1:])))
+            self._find_truth_boundaries(image_id, self._size(image_id, mask_array))
         self.image_ids.append(image_id)
         self._seen.add(image_id)
-        for i, (label, score) in enumerate(zip(label_list, score_array.tolist(), strict=True)):
-            result = {"image_id": image_id, "category_id": self.category_ids[label], "score": score}
+        for i in self._kept(score_array):
+            result = {"image_id": image_id, "category_id": self.category_ids[label_list[i]], "score": score_list[i]}
             self.results.append(result | {key: values[i] for key, values in columns.items()})
+
+    def _size(self, image_id: int | str, masks: npt.NDArray[np.bool_]) -> tuple[int, int]:
+        """(height, width) as the annotation file has it, or of the masks."""
+        image = self._images[image_id]
+        return image.get("height", masks.shape[1]), image.get("width", masks.shape[2])
+
+    def _find_truth_boundaries(self, image_id: int | str, size: tuple[int, int]) -> None:
+        for annotation in self._annotations[image_id]:
+            mask = mask_from_segmentation(annotation["segmentation"], *size)
+            (rle,) = _encode(mask_boundaries(mask[None], boundary_distance(size)))
+            self._truth_boundaries[annotation["id"]] = {"boundary": rle}
+
+    def _kept(self, scores: FloatArray) -> Sequence[int]:
+        """Which predictions of an image count at all, in order: all of them."""
+        return range(len(scores))
 
     def merge(self, other: "InstanceAP") -> None:
         """Adds the images that ``other`` has seen.
@@ -130,6 +167,7 @@ class InstanceAP:
         self.image_ids.extend(other.image_ids)
         self._seen.update(other.image_ids)
         self.results.extend(other.results)
+        self._truth_boundaries.update(other._truth_boundaries)
 
     def compute(self) -> dict[str, dict[str, float]]:
         """Runs COCOeval with at most 100 predictions per image and category.
@@ -141,40 +179,55 @@ class InstanceAP:
         return {iou_type: self._evaluate(iou_type) for iou_type in self.iou_types}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``results`` as a COCO result file; the file is complete or not there at all."""
+        """Writes ``results`` as a COCO result file, without boundaries; it is complete or not there at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(self.results), encoding="utf-8")
+            plain = [{key: v for key, v in result.items() if key != "boundary"} for result in self.results]
+            temporary.write_text(json.dumps(plain), encoding="utf-8")
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _evaluate(self, iou_type: str) -> dict[str, float]:
-        coco_class, eval_class = _import_pycocotools()
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            truth = _coco(coco_class, self._ground_truth, self._ground_truth["annotations"])
-            predictions = _coco(coco_class, self._ground_truth, list(_annotations(self.results, iou_type)))
-            evaluation = eval_class(truth, predictions, iou_type)
-            evaluation.params.imgIds = list(self.image_ids)
-            evaluation.params.catIds = list(self.category_ids)
-            evaluation.params.maxDets = [1, 10, MAX_DETECTIONS]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        precision = evaluation.eval["precision"][..., -1]  # (T, R, K, A), -1 without ground truth
-        results = {
-            "AP": _mean(precision[..., 0]),
-            "AP50": _mean(precision[0, ..., 0]),
-            "AP75": _mean(precision[5, ..., 0]),
-            "APs": _mean(precision[..., 1]),
-            "APm": _mean(precision[..., 2]),
-            "APl": _mean(precision[..., 3]),
+        precision = self._precision(iou_type)
+        names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        parts = (precision[..., 0], precision[:, 0, :, 0], precision[:, 5, :, 0], *np.moveaxis(precision, -1, 0)[1:])
+        results = {name: mean_precision(part) for name, part in zip(names, parts, strict=True)}
+        results |= self._groups(precision[..., 0])
+        return results | {
+            f"AP-{name}": mean_precision(p) for name, p in zip(self._names, precision[..., 0], strict=True)
         }
-        column = {category_id: k for k, category_id in enumerate(sorted(self.category_ids))}
-        for category_id, name in zip(self.category_ids, self._names, strict=True):
-            results[f"AP-{name}"] = _mean(precision[:, :, column[category_id], 0])
-        return results
+
+    def _precision(self, iou_type: str) -> FloatArray:
+        """(K, T, R, A) precision by category, IoU, recall and size; -1 where there is nothing to find."""
+        truth: dict[int, list[dict[str, Any]]] = {i: [] for i in self.category_ids}
+        for annotation in (
+            a for image_id in self._images if image_id in self._seen for a in self._annotations[image_id]
+        ):
+            if annotation["category_id"] in truth:
+                truth[annotation["category_id"]].append(annotation | self._truth_boundaries.get(annotation["id"], {}))
+        found: dict[int, list[dict[str, Any]]] = {i: [] for i in self.category_ids}
+        for detection in _detections(self.results, iou_type):
+            found[detection["category_id"]].append(detection)
+        return np.stack([
+            self._category_precision(category, truth[category], found[category], iou_type)
+            for category in self.category_ids
+        ])  # fmt: skip
+
+    def _category_precision(
+        self, category_id: int, truth: list[dict[str, Any]], detections: list[dict[str, Any]], iou_type: str
+    ) -> FloatArray:
+        return category_precision(truth, detections, self._images, iou_type=iou_type, max_detections=MAX_DETECTIONS)
+
+    def _groups(self, precision: FloatArray) -> dict[str, float]:
+        """Results of groups of categories, of which COCO has none.
+
+        Args:
+            precision: (K, T, R), for objects of all sizes.
+        """
+        return {}
 
     def _checked_labels(self, labels: npt.ArrayLike) -> list[int]:
         array = np.asarray(labels)
@@ -187,9 +240,7 @@ class InstanceAP:
             raise ValueError(f"labels must be in [0, {len(self.category_ids)}), got {wrong[0]}")
         return array.astype(np.int64).tolist()
 
-    def _checked_masks(
-        self, masks: npt.ArrayLike | None, count: int, image_id: int | str
-    ) -> npt.NDArray[np.bool_]:
+    def _checked_masks(self, masks: npt.ArrayLike | None, count: int, image_id: int | str) -> npt.NDArray[np.bool_]:
         if masks is None:
             raise ValueError('masks must be given when "segm" is evaluated, got None')
         array = np.asarray(masks)
@@ -197,21 +248,11 @@ class InstanceAP:
             raise ValueError(f"masks must have shape ({count}, H, W), got {array.shape}")
         if array.dtype != np.bool_:
             raise TypeError(f"masks must be bool, got dtype {array.dtype}")
-        image = self._images[image_id]
         # COCOeval gives masks of another size an IoU of -1 without a word.
-        size = (image.get("height", array.shape[1]), image.get("width", array.shape[2]))
+        size = self._size(image_id, array)
         if count and array.shape[1:] != size:
             raise ValueError(f"masks must be as large as image {image_id!r}, {size}, got {array.shape[1:]}")
         return array
-
-
-def _import_pycocotools() -> tuple[Any, Any]:
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError("instance AP needs pycocotools: pip install pycocotools") from error
-    return COCO, COCOeval
 
 
 def _encode(masks: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
@@ -248,41 +289,22 @@ def _checked_boxes(boxes: npt.ArrayLike | None, count: int) -> FloatArray:
     return array
 
 
-def _annotations(results: Sequence[Mapping[str, Any]], iou_type: str) -> Iterator[dict[str, Any]]:
+def _detections(results: Sequence[Mapping[str, Any]], iou_type: str) -> Iterator[dict[str, Any]]:
     """Predictions as annotations, with the area of the mask or of the box as pycocotools has it."""
-    if iou_type == "segm":
-        from pycocotools import mask as mask_api
+    from pycocotools import mask as mask_api
 
-        # one by one: pycocotools 2.0.11 fails on more than 255 masks with NumPy 2
-        areas = [float(mask_api.area(result["segmentation"])) for result in results]
-        field = "segmentation"
-    else:
-        areas = [result["bbox"][2] * result["bbox"][3] for result in results]
-        field = "bbox"
-    for number, (result, area) in enumerate(zip(results, areas, strict=True), start=1):
-        yield {
-            "id": number,
-            "image_id": result["image_id"],
-            "category_id": result["category_id"],
-            "score": result["score"],
-            "iscrowd": 0,
-            "area": area,
-            field: result[field],
-        }
+    for number, result in enumerate(results, start=1):
+        if iou_type == "bbox":
+            shape = {"bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
+        else:
+            # one by one: pycocotools 2.0.11 fails on more than 255 masks with NumPy 2
+            rle = result["segmentation"]
+            shape = {"segmentation": rle, "area": float(mask_api.area(rle)), "boundary": result.get("boundary")}
+        plain = {key: result[key] for key in ("image_id", "category_id", "score")}
+        yield {"id": number, "iscrowd": 0, **plain, **shape}
 
 
-def _coco(coco_class: Any, ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
-    """A pycocotools COCO over the images and categories of the ground truth, without a copy."""
-    coco = coco_class()
-    coco.dataset = {
-        "images": ground_truth["images"],
-        "categories": ground_truth["categories"],
-        "annotations": annotations,
-    }
-    coco.createIndex()
-    return coco
-
-
-def _mean(precision: FloatArray) -> float:
+def mean_precision(precision: FloatArray) -> float:
+    """Mean in percent of what is not -1; nan if all is."""
     valid = precision[precision > -1]
     return float(valid.mean() * 100) if valid.size else float("nan")

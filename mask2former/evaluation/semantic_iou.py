@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mask2former.evaluation.class_names import checked_names
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
@@ -28,15 +30,9 @@ class SemanticIoU:
     """
 
     def __init__(self, *, class_names: Sequence[str], ignore_label: int | None = 255) -> None:
-        names = tuple(class_names)
-        if not names:
-            raise ValueError("class_names must hold at least one name, got none")
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"class_names must differ since they key the results, got {repeated} twice")
-        self.class_names = names
+        self.class_names = checked_names(class_names)
         self.ignore_label = ignore_label
-        self.counts: IntArray = np.zeros((len(names), len(names)), dtype=np.int64)
+        self.counts: IntArray = np.zeros((len(self.class_names),) * 2, dtype=np.int64)
 
     def update(self, predicted: npt.ArrayLike, target: npt.ArrayLike) -> None:
         """Adds one image.
