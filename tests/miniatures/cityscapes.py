@@ -43,8 +43,9 @@ def _annotations(folder, scene, derived):
 
 
 def _corners(region):
+    """Cityscapes' polygons cover their corners."""
     left, top, right, bottom = region.box
-    return [[left, top], [right, top], [right, bottom], [left, bottom]]
+    return [[left, top], [right - 1, top], [right - 1, bottom - 1], [left, bottom - 1]]
 
 
 def instance_ids(scene):
