@@ -5,7 +5,10 @@ Each is fed one image at a time with ``update``, joined across processes with ``
 """
 
 from mask2former.evaluation.average_precision import InstanceAP
+from mask2former.evaluation.cityscapes_ap import CityscapesAP
+from mask2former.evaluation.cityscapes_iou import CityscapesIoU
+from mask2former.evaluation.lvis_ap import LvisAP
 from mask2former.evaluation.panoptic_quality import PanopticQuality
 from mask2former.evaluation.semantic_iou import SemanticIoU
 
-__all__ = ["InstanceAP", "PanopticQuality", "SemanticIoU"]
+__all__ = ["CityscapesAP", "CityscapesIoU", "InstanceAP", "LvisAP", "PanopticQuality", "SemanticIoU"]
