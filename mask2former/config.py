@@ -167,6 +167,11 @@ def inference_arguments(cfg: Any) -> dict[str, Any]:
     }
 
 
+def evaluation_arguments(cfg: Any) -> dict[str, Any]:
+    """Which metrics are computed besides those of the data set."""
+    return {"with_boundary": cfg.MODEL.MASK_FORMER.TEST.BOUNDARY_METRICS}
+
+
 def mapper_arguments(cfg: Any) -> dict[str, Any]:
     """INPUT -> the training mapper.
 

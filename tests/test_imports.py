@@ -109,7 +109,7 @@ OUTSIDE: dict[str, set[str]] = {
     "modeling": {"torch", "numpy", "scipy"},
     "solver": {"torch"},
     "data": {"torch", "numpy", "PIL", "pycocotools"},
-    "evaluation": {"torch", "numpy", "PIL", "pycocotools"},
+    "evaluation": {"torch", "numpy", "PIL", "pycocotools", "tqdm"},
 }
 
 

@@ -1,119 +1,90 @@
-"""The core's metrics as Detectron2 evaluators: same names of results, gathered over all processes."""
+"""The core's evaluation as Detectron2 evaluators: same names of results, gathered over all processes."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from mask2former.config import inference_arguments
-from mask2former.d2.data import is_thing_of
-from mask2former.data import read_label_map, read_panoptic_colors
-from mask2former.data.targets import panoptic_ids
-from mask2former.evaluation import InstanceAP, PanopticQuality, SemanticIoU
-from mask2former.evaluation.tasks import evaluated_tasks
+from mask2former.config import evaluation_arguments, inference_arguments
+from mask2former.d2.data import dataset_metadata, is_thing_of
+from mask2former.data.catalog import Category, DatasetMetadata
+from mask2former.evaluation.progress import with_progress
+from mask2former.evaluation.reporting import report
+from mask2former.evaluation.tasks import (
+    InstanceTask,
+    PanopticTask,
+    SemanticTask,
+    Task,
+    evaluated_tasks,
+    make_tasks,
+    merged_results,
+)
+from mask2former.inference import ImageResult
+from mask2former.modeling.postprocessing import InstanceResult, PanopticResult
 
 
-class _CoreEvaluator(DatasetEvaluator):
-    """Feeds a core metric; ``make`` gives a fresh one, ``update`` takes one image."""
+class TaskEvaluator(DatasetEvaluator):
+    """Some tasks of the core as a Detectron2 evaluator; ``make`` gives fresh ones."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, name: str, make: Callable[[], Sequence[Task]], output_dir: str | None = None) -> None:
+        """Set up.
+
+        Args:
+            name: of the data set.
+            make: gives tasks that have seen nothing.
+            output_dir: where results and detections are written; None: nowhere.
+        """
+        self._name = name
         self._make = make
-        self._metric = make()
+        self._folder = None if output_dir is None else Path(output_dir)
+        self.tasks = make()
 
     def reset(self) -> None:
-        self._metric = self._make()
+        """Forget all images."""
+        self.tasks = self._make()
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Take the results of some images."""
         for record, output in zip(inputs, outputs, strict=True):
-            self.update(record, output)
+            result = _result_of(output)
+            for task in self.tasks:
+                task.update(record, result)
 
-    def update(self, record: dict[str, Any], output: dict[str, Any]) -> None:
-        raise TypeError(f"{type(self).__name__} must define update")
-
-    def _merged(self) -> Any | None:
-        """The metric over all processes, on the main one; None on the others."""
+    def evaluate(self) -> dict[str, Any] | None:
+        """The results of all processes on the main one, which reports them; None on the others."""
         comm.synchronize()
-        metrics = comm.gather(self._metric)
-        if not comm.is_main_process():
+        results = merged_results(self.tasks, comm.gather)
+        if results is None:
             return None
-        merged = self._make()
-        for metric in metrics:
-            merged.merge(metric)
-        return merged
+        report(self._name, results, self._folder, self.tasks)
+        return OrderedDict(results)
 
 
-class PanopticEvaluator(_CoreEvaluator):
+class PanopticEvaluator(TaskEvaluator):
     """Panoptic quality, from the record's panoptic PNG and segments -> "panoptic_seg"."""
 
     def __init__(self, dataset_name: str, num_classes: int) -> None:
-        is_thing = is_thing_of(MetadataCatalog.get(dataset_name), num_classes)
-        super().__init__(lambda: PanopticQuality(is_thing=is_thing))
-
-    def update(self, record: dict[str, Any], output: dict[str, Any]) -> None:
-        ids, segments = output["panoptic_seg"]
-        target_ids = panoptic_ids(read_panoptic_colors(record["pan_seg_file_name"]))
-        self._metric.update(ids.cpu().numpy(), segments, target_ids, record["segments_info"])
-
-    def evaluate(self) -> dict[str, Any] | None:
-        metric = self._merged()
-        return None if metric is None else OrderedDict(panoptic_seg=metric.compute())
+        metadata = core_metadata(dataset_name, num_classes)
+        super().__init__(dataset_name, lambda: [PanopticTask(metadata)])
 
 
-class SemanticEvaluator(_CoreEvaluator):
+class SemanticEvaluator(TaskEvaluator):
     """mIoU and its relatives, from the record's label map -> "sem_seg"."""
 
     def __init__(self, dataset_name: str) -> None:
-        metadata = MetadataCatalog.get(dataset_name)
-        super().__init__(
-            lambda: SemanticIoU(class_names=metadata.stuff_classes, ignore_label=metadata.ignore_label)
-        )
-
-    def update(self, record: dict[str, Any], output: dict[str, Any]) -> None:
-        predicted = output["sem_seg"].argmax(0).cpu().numpy()
-        self._metric.update(predicted, read_label_map(record["sem_seg_file_name"]))
-
-    def evaluate(self) -> dict[str, Any] | None:
-        metric = self._merged()
-        return None if metric is None else OrderedDict(sem_seg=metric.compute())
+        metadata = core_metadata(dataset_name)
+        super().__init__(dataset_name, lambda: [SemanticTask(metadata)])
 
 
-class InstanceEvaluator(_CoreEvaluator):
+class InstanceEvaluator(TaskEvaluator):
     """COCO average precision of masks and boxes -> "segm" and "bbox"; writes the detections as COCO JSON."""
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
-        metadata = MetadataCatalog.get(dataset_name)
-        contiguous = metadata.thing_dataset_id_to_contiguous_id
-        category_ids = sorted(contiguous, key=contiguous.__getitem__)
-        self._labels = {label: place for place, label in enumerate(sorted(contiguous.values()))}
-        self._output_dir = output_dir
-        super().__init__(lambda: InstanceAP(coco_json=metadata.json_file, category_ids=category_ids))
-
-    def update(self, record: dict[str, Any], output: dict[str, Any]) -> None:
-        instances = output["instances"].to("cpu")
-        is_known = [label in self._labels for label in instances.pred_classes.tolist()]
-        instances = instances[torch.tensor(is_known, dtype=torch.bool)]  # no stuff, which has no average precision
-        self._metric.update(
-            record["image_id"],
-            [self._labels[label] for label in instances.pred_classes.tolist()],
-            instances.scores.numpy(),
-            instances.pred_masks.numpy(),
-            instances.pred_boxes.tensor.numpy(),
-        )
-
-    def evaluate(self) -> dict[str, Any] | None:
-        metric = self._merged()
-        if metric is None:
-            return None
-        if self._output_dir is not None:
-            folder = Path(self._output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            metric.save(folder / "coco_instances_results.json")
-        return OrderedDict(metric.compute())
+        metadata = core_metadata(dataset_name)
+        super().__init__(dataset_name, lambda: [InstanceTask(metadata)], output_dir)
 
 
 # the published name
@@ -121,24 +92,96 @@ InstanceSegEvaluator = InstanceEvaluator
 
 
 def build_evaluator(cfg: Any, dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluators for a data set's ``evaluator_type`` and the results that the config asks for.
+    """The evaluator for a data set's ``evaluator_type`` and the results that the config asks for.
 
     Raises:
         ValueError: if the type is unknown, or no result that is on fits the data set.
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = getattr(metadata, "evaluator_type", None)
-    makers = {
-        "panoptic": lambda: PanopticEvaluator(dataset_name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES),
-        "instance": lambda: InstanceEvaluator(dataset_name, output_dir),
-        "semantic": lambda: SemanticEvaluator(dataset_name),
-    }
     settings = inference_arguments(cfg)
-    tasks = evaluated_tasks(dataset_name, kind, settings, lambda task: _has_ground_truth(metadata, task))
-    return DatasetEvaluators([makers[task]() for task in tasks])
+    metadata = core_metadata(dataset_name)
+    if "panoptic" in evaluated_tasks(dataset_name, metadata, settings):
+        metadata = core_metadata(dataset_name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    make = lambda: make_tasks(dataset_name, metadata, settings, **evaluation_arguments(cfg))  # noqa: E731
+    return TaskEvaluator(dataset_name, make, output_dir)
 
 
-def _has_ground_truth(metadata: Any, task: str) -> bool:
-    """Whether a panoptic data set comes with the files of a task."""
-    field = {"panoptic": "panoptic_json", "instance": "json_file", "semantic": "sem_seg_root"}[task]
-    return getattr(metadata, field, None) is not None
+def core_metadata(dataset_name: str, num_classes: int | None = None) -> DatasetMetadata:
+    """What the core must know of a data set that is registered with Detectron2, by whomever.
+
+    Args:
+        dataset_name: its name.
+        num_classes: of the model, where it must be known of each whether it is things; None: those of the metadata.
+
+    Raises:
+        ValueError: if the metadata do not say which classes there are, or which of the model's are things.
+    """
+    known = dataset_metadata(dataset_name)
+    names = list(getattr(known, "stuff_classes", None) or getattr(known, "thing_classes", []))
+    things = getattr(known, "thing_dataset_id_to_contiguous_id", None)
+    if num_classes is not None:
+        is_thing_of(known, num_classes)  # says what is missing
+    if things is None and getattr(known, "evaluator_type", None) == "lvis":
+        things = {label + 1: label for label in range(len(names))}  # Detectron2's convention for LVIS
+    thing_ids = {label: category_id for category_id, label in (things or {}).items()}
+    stuff = getattr(known, "stuff_dataset_id_to_contiguous_id", None) or {}
+    ids = {label: category_id for category_id, label in stuff.items()} | thing_ids
+    if not hasattr(known, "stuff_classes"):
+        names = _spread(names, sorted(thing_ids))
+    count = max(len(names), num_classes or 0, 1 + max(thing_ids, default=-1))
+    names += [f"class {label}" for label in range(len(names), count)]
+    return DatasetMetadata(
+        categories=tuple(Category(ids.get(i, i), names[i], i in thing_ids, (0, 0, 0)) for i in range(count)),
+        evaluator_type=getattr(known, "evaluator_type", ""),
+        ignore_label=getattr(known, "ignore_label", 255),
+        instances_json=_path(known, "json_file"),
+        panoptic_json=_path(known, "panoptic_json"),
+        sem_seg_root=_path(known, "sem_seg_root"),
+    )
+
+
+class LoaderWithProgress:
+    """A test loader whose progress and speed are shown while Detectron2 goes through it."""
+
+    def __init__(self, loader: Any, name: str) -> None:
+        """Set up.
+
+        Args:
+            loader: gives lists of one image.
+            name: of the data set.
+        """
+        self.loader = loader
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return with_progress(
+            self.loader,
+            self.name,
+            len(self.loader),
+            processes=comm.get_world_size(),
+            is_shown=comm.is_main_process(),
+        )
+
+
+def _result_of(output: dict[str, Any]) -> ImageResult:
+    """The core's form of what a model has given for an image."""
+    panoptic = instances = None
+    if "panoptic_seg" in output:
+        panoptic = PanopticResult(*output["panoptic_seg"])
+    if "instances" in output:
+        found = output["instances"]
+        instances = InstanceResult(found.pred_classes, found.scores, found.pred_masks, found.pred_boxes.tensor)
+    return ImageResult(output.get("sem_seg"), panoptic, instances)
+
+
+def _spread(thing_classes: list[str], labels: list[int]) -> list[str]:
+    """Names by label, where only those of things are known."""
+    names = dict(zip(labels, thing_classes, strict=False))
+    return [names.get(label, f"class {label}") for label in range(1 + max(labels, default=-1))]
+
+
+def _path(metadata: Any, field: str) -> Path | None:
+    value = getattr(metadata, field, None)
+    return None if value is None else Path(value)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from mask2former import config, solver, training
 from mask2former.d2.data import build_test_loader, build_train_loader, register_datasets_of
-from mask2former.d2.evaluation import build_evaluator
+from mask2former.d2.evaluation import LoaderWithProgress, build_evaluator
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
@@ -93,9 +93,9 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg: Any, dataset_name: str) -> DataLoader:
-        """The test loader of a data set."""
-        return build_test_loader(cfg, dataset_name)
+    def build_test_loader(cls, cfg: Any, dataset_name: str) -> LoaderWithProgress:
+        """The test loader of a data set, which shows how far it is."""
+        return LoaderWithProgress(build_test_loader(cfg, dataset_name), dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:

@@ -17,7 +17,7 @@ from mask2former.config import architecture_arguments
 from mask2former.data.catalog import UnknownDatasetError
 from mask2former.engine.checkpoints import CheckpointError, CheckpointFolder
 from mask2former.engine.config import get_config
-from mask2former.engine.evaluation import Results, evaluate, rank, report, save_results
+from mask2former.engine.evaluation import Results, evaluate, rank
 from mask2former.engine.processes import is_launched, launch, make_fabric, say
 from mask2former.engine.trainer import Trainer, TrainingInterrupted
 from mask2former.engine.weights import load_for_evaluation
@@ -133,11 +133,7 @@ def _evaluate_only(cfg: Any, *, resume: bool) -> Results | None:
     last = folder.last() if resume else None
     model = build_model(architecture)
     load_for_evaluation(model, str(last) if last else cfg.MODEL.WEIGHTS)
-    results = evaluate(cfg, model.to(fabric.device))
-    if results is not None:
-        report(results)
-        save_results(results, folder.folder / "inference" / "results.json")
-    return results
+    return evaluate(cfg, model.to(fabric.device))
 
 
 def _configure(cfg: Any) -> None:

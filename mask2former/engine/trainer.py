@@ -20,13 +20,14 @@ from mask2former.build import build_model
 from mask2former.checkpoint import load_weights
 from mask2former.engine.checkpoints import CheckpointFolder
 from mask2former.engine.data import build_train_loader, dataset_entries
-from mask2former.engine.evaluation import Results, check_evaluation, evaluate, flat, main_metric, report, save_results
+from mask2former.engine.evaluation import Results, check_evaluation, evaluate
 from mask2former.engine.pictures import SamplePictures
 from mask2former.engine.processes import make_fabric
 from mask2former.engine.progress import TrainingLog
 from mask2former.engine.step import StepResult, TrainingStep
 from mask2former.engine.weights import load_start
 from mask2former.engine.yaml_files import ConfigError
+from mask2former.evaluation.reporting import flat, main_metric
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
@@ -199,9 +200,7 @@ class Trainer:
         self.last_results = evaluate(self.cfg, self.evaluated_model, watch=watch)
         if self.last_results is None or log is None:
             return
-        report(self.last_results)
         log.results(iteration, flat(self.last_results))
-        save_results(self.last_results, self.folder.folder / "inference" / "results.json")
         found = main_metric(self.last_results)
         if found is not None and (self.best is None or found[0] != self.best[0] or found[1] > self.best[1]):
             self.best = found

@@ -13,6 +13,7 @@ from mask2former.data.targets import mask_from_segmentation
 from mask2former.evaluation.boundary import boundary_distance, mask_boundaries
 from mask2former.evaluation.class_names import distinct_names
 from mask2former.evaluation.coco_matching import category_precision, import_pycocotools
+from mask2former.evaluation.reporting import write_whole
 
 IOU_TYPES = ("segm", "bbox", "boundary")
 MAX_DETECTIONS = 100
@@ -182,13 +183,8 @@ class InstanceAP:
         """Writes ``results`` as a COCO result file, without boundaries; it is complete or not there at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            plain = [{key: v for key, v in result.items() if key != "boundary"} for result in self.results]
-            temporary.write_text(json.dumps(plain), encoding="utf-8")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        plain = [{key: v for key, v in result.items() if key != "boundary"} for result in self.results]
+        write_whole(target, json.dumps(plain))
 
     def _evaluate(self, iou_type: str) -> dict[str, float]:
         precision = self._precision(iou_type)

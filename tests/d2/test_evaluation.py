@@ -121,28 +121,31 @@ def test_metrics_of_two_processes_add_up(monkeypatch):
             part.process([record], [shifted(record)])
     from mask2former.d2 import evaluation
 
-    monkeypatch.setattr(evaluation.comm, "gather", lambda _: [p._metric for p in parts])
-    assert parts[0].evaluate() == alone
+    gathered = [[task.metrics for task in part.tasks] for part in parts]
+    monkeypatch.setattr(evaluation.comm, "gather", lambda _: gathered)
+    together = parts[0].evaluate()
+    assert together["panoptic_seg"] == pytest.approx(alone["panoptic_seg"], rel=1e-12, nan_ok=True)
+    assert 5 < together["panoptic_seg"]["PQ"] < 95
 
 
-def evaluator_names(evaluator):
-    return [type(e).__name__ for e in evaluator._evaluators]
+def task_names(evaluator):
+    return [type(task).__name__ for task in evaluator.tasks]
 
 
 def test_config_and_data_set_decide_what_is_evaluated(tiny_cfg):
-    every = ["PanopticEvaluator", "InstanceEvaluator", "SemanticEvaluator"]
-    assert evaluator_names(build_evaluator(tiny_cfg, PANOPTIC)) == every
+    every = ["PanopticTask", "InstanceTask", "SemanticTask"]
+    assert task_names(build_evaluator(tiny_cfg, PANOPTIC)) == every
     tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
-    assert evaluator_names(build_evaluator(tiny_cfg, PANOPTIC)) == every[1:]
-    assert evaluator_names(build_evaluator(tiny_cfg, INSTANCE)) == every[1:2]
-    assert evaluator_names(build_evaluator(tiny_cfg, "coco_sample_val_sem_seg")) == every[2:]
+    assert task_names(build_evaluator(tiny_cfg, PANOPTIC)) == every[1:]
+    assert task_names(build_evaluator(tiny_cfg, INSTANCE)) == every[1:2]
+    assert task_names(build_evaluator(tiny_cfg, "coco_sample_val_sem_seg")) == every[2:]
 
 
 def test_a_panoptic_set_without_semantic_maps_is_not_evaluated_for_them(tiny_cfg):
     fields = MetadataCatalog.get(PANOPTIC).as_dict()
     left_out = ("name", "sem_seg_root")
     MetadataCatalog.get("panoptic_alone").set(**{k: v for k, v in fields.items() if k not in left_out})
-    assert evaluator_names(build_evaluator(tiny_cfg, "panoptic_alone")) == ["PanopticEvaluator", "InstanceEvaluator"]
+    assert task_names(build_evaluator(tiny_cfg, "panoptic_alone")) == ["PanopticTask", "InstanceTask"]
 
 
 def test_refusals(tiny_cfg):
