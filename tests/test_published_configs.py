@@ -1,5 +1,6 @@
 """The published configs: every setting, and the sizes of their models, against the table of the published release."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_the_model_has_the_published_size(row: dict[str, Any]) -> None:
     assert len(model.state_dict()) == row["keys"]
     assert millions(model) == row["params_m"]
     assert millions(model.backbone) == row["backbone_m"]
+
+
+def test_the_documentation_lists_each_with_its_size() -> None:
+    text = (CONFIGS.parent / "docs/published_models.md").read_text("utf-8")
+    listed, folder = [], ""
+    for line in text.splitlines():
+        if found := re.match(r"\| `configs/(\S+)/` \| parameters \|", line):
+            folder = found[1]
+        elif found := re.match(r"\| `(\S+)` \| (\S+) M \|.*/model_final_\w{6}\.pkl\) \|$", line):
+            listed.append((f"{folder}/{found[1]}", found[2]))
+    assert sorted(listed) == sorted((row["config"], f"{float(row['params_m']):.1f}") for row in ROWS)
 
 
 def millions(module: torch.nn.Module) -> str:
