@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mask2former.modeling.layers import at_least_float32
 from mask2former.modeling.losses import dice, sigmoid_cross_entropy
 from mask2former.modeling.matcher import HungarianMatcher
 from mask2former.modeling.point_sampling import sample_logits, sample_masks, sample_uncertain_points
@@ -106,7 +107,7 @@ class SetCriterion(nn.Module):
         if not self.deep_supervision:
             predictions = predictions[-1:]
         self._check(predictions, targets, canvas)
-        class_logits = torch.stack([p.class_logits.float() for p in predictions])  # (layers, B, Q, K+1)
+        class_logits = torch.stack([at_least_float32(p.class_logits) for p in predictions])  # (layers, B, Q, K+1)
         pairs = self._match(predictions, class_logits, targets, canvas, generator)
         class_loss = self._class_loss(class_logits, targets, pairs)
         mask_loss, dice_loss = self._mask_losses(predictions, targets, canvas, pairs, generator)
@@ -188,6 +189,7 @@ class SetCriterion(nn.Module):
                 ]
             )  # (T, P)
         logits = sample_logits(mask_logits.unsqueeze(1), points).squeeze(1)  # (T, P)
+        wanted = wanted.to(logits.dtype)  # of float32 targets and float64 logits the loss would be float32
         count = float(sum(len(t.labels) for t in targets))
         num_masks = _average_over_ranks(torch.full((), count, device=logits.device)).clamp(min=1)
         zeros, layer = logits.new_zeros(len(predictions)), pairs.layer.to(logits.device)

@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half types and whole numbers as float32, which sums over many points need; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ConvNorm(nn.Conv2d):
     """A convolution followed by an optional normalisation ``.norm`` and an optional activation.
 

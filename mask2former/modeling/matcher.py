@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mask2former.modeling.layers import at_least_float32
 from mask2former.modeling.losses import pairwise_class_cost, pairwise_dice, pairwise_sigmoid_cross_entropy
 
 _REPLACEMENT = 1e6  # larger than any real cost, small enough to add up without overflow
@@ -48,7 +49,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def cost(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-        """Weighted cost of every query with every target of its image, in float32.
+        """Weighted cost of every query with every target of its image, in float32 or, of float64 logits, float64.
 
         Args:
             class_logits: (..., B, Q, K + 1).
@@ -60,9 +61,10 @@ class HungarianMatcher:
             (..., B, Q, N).
         """
         with torch.autocast(class_logits.device.type, enabled=False):
-            logits, targets = mask_logits.float(), masks.float()
+            logits = at_least_float32(mask_logits)
+            targets = masks.to(logits.dtype)
             return (
-                self.class_weight * pairwise_class_cost(class_logits.float(), labels)
+                self.class_weight * pairwise_class_cost(at_least_float32(class_logits), labels)
                 + self.mask_weight * pairwise_sigmoid_cross_entropy(logits, targets)
                 + self.dice_weight * pairwise_dice(logits, targets)
             )

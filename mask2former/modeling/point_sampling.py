@@ -4,20 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mask2former.modeling.layers import at_least_float32
+
 
 def sample_logits(maps: Tensor, points: Tensor) -> Tensor:
-    """Sample maps bilinearly, zero outside, in float32.
+    """Sample maps bilinearly, zero outside, in float32 or, if the maps are float64, in float64.
 
     Args:
         maps: (N, C, H, W).
         points: (N, P, 2), (x, y) in [0, 1] from the outer border of the first to that of the last pixel.
 
     Returns:
-        (N, C, P) float32.
+        (N, C, P) float32 or float64.
     """
     with torch.autocast(maps.device.type, enabled=False):
-        grid = 2 * points.float().unsqueeze(1) - 1  # (N, 1, P, 2)
-        return F.grid_sample(maps.float(), grid, align_corners=False).squeeze(2)
+        maps = at_least_float32(maps)
+        grid = 2 * points.to(maps.dtype).unsqueeze(1) - 1  # (N, 1, P, 2)
+        return F.grid_sample(maps, grid, align_corners=False).squeeze(2)
 
 
 def sample_masks(

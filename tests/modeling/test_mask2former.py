@@ -233,3 +233,28 @@ def test_head_alone_loads_old_names() -> None:
 
 def test_statistics_of_the_input_are_no_part_of_checkpoints(model: Mask2Former) -> None:
     assert {n.split(".")[0] for n in model.state_dict()} == {"backbone", "sem_seg_head", "criterion"}
+
+
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_gradient_of_a_float64_model_is_that_of_finite_differences(backbone: str) -> None:
+    """Nothing in the model or its losses falls back to float32, whose rounding such small steps would not survive."""
+    torch.manual_seed(0)
+    model = tiny_model(backbone=backbone).double()
+    images, targets = [random_image(64, 64)], [random_target(2, 64, 64)]
+
+    def total() -> Tensor:
+        losses = model.losses(images, targets, torch.Generator().manual_seed(0))
+        return torch.stack(list(losses.values())).sum()
+
+    total().backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) * p.detach().std().nan_to_num() for p in parameters]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True) if p.grad is not None)
+    values, step = [], 1e-7
+    for factor in (step, -2 * step):  # the second goes back and as far to the other side
+        with torch.no_grad():
+            for parameter, along in zip(parameters, direction, strict=True):
+                parameter += factor * along
+            values.append(total().item())
+    assert total().dtype == torch.float64
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-5)

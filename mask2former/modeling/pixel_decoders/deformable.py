@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import ConvNorm, fill_conv_xavier, make_norm
+from mask2former.modeling.layers import ConvNorm, at_least_float32, fill_conv_xavier, make_norm
 from mask2former.modeling.position_encoding import sine_position_encoding
 from mask2former.modeling.structures import PixelFeatures
 from mask2former.ops import ms_deform_attn_fused
@@ -115,13 +115,13 @@ class DeformablePixelDecoder(nn.Module):
         device_type = next(iter(features.values())).device.type
         with torch.autocast(device_type, enabled=False):
             maps = [
-                project(features[name].float())
+                project(at_least_float32(features[name]))
                 for name, project in zip(self._encoder_inputs, self.input_proj, strict=True)
             ]
             levels = self.transformer(maps)
             finest = levels[-1]
             for number, name in reversed(list(enumerate(self._fpn_inputs, 1))):
-                lateral = getattr(self, f"adapter_{number}")(features[name].float())
+                lateral = getattr(self, f"adapter_{number}")(at_least_float32(features[name]))
                 upsampled = F.interpolate(finest, lateral.shape[-2:], mode="bilinear", align_corners=False)
                 finest = getattr(self, f"layer_{number}")(lateral + upsampled)
                 levels.append(finest)
