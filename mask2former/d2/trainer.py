@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from mask2former import config, solver, training
 from mask2former.d2.data import build_test_loader, build_train_loader
 from mask2former.d2.evaluation import build_evaluator
+from mask2former.d2.tta import SemanticSegmentorWithTTA
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
@@ -101,13 +102,33 @@ class Trainer(DefaultTrainer):
         """The evaluators of a data set."""
         return build_evaluator(cfg, dataset_name, str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name))
 
+    @classmethod
+    def test_with_TTA(cls, cfg: Any, model: nn.Module) -> dict[str, Any]:  # noqa: N802 - the published name
+        """Evaluate with test-time augmentation; the outermost names of the results end in "_TTA"."""
+        logger.info("Evaluating with test-time augmentation")
+        folder = Path(cfg.OUTPUT_DIR) / "inference_TTA"
+        evaluators = [build_evaluator(cfg, name, str(folder / name)) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, SemanticSegmentorWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": values for name, values in results.items()}
+
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks; of its periodic checkpoints as many are kept as SOLVER.CHECKPOINTS_KEPT says."""
+        """Detectron2's hooks; the evaluation with TEST.AUG comes after the last plain one.
+
+        Of the periodic checkpoints as many are kept as SOLVER.CHECKPOINTS_KEPT says.
+        """
         every = super().build_hooks()
         for hook in every:
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.max_to_keep = config.run_arguments(self.cfg)["checkpoints_kept"]
+        if config.tta_arguments(self.cfg) is not None:
+            plain = next(place for place, hook in enumerate(every) if isinstance(hook, hooks.EvalHook))
+            every.insert(plain + 1, hooks.EvalHook(0, self._test_with_tta_and_save_results))
         return every
+
+    def _test_with_tta_and_save_results(self) -> dict[str, Any]:
+        results = self.test_with_TTA(self.cfg, self.model)
+        self._last_eval_results = {**self._last_eval_results, **results}
+        return results
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of the output folder, or MODEL.WEIGHTS; the data go on where they stopped."""

@@ -18,10 +18,9 @@ from mask2former.data.targets import panoptic_ids
 from mask2former.engine.data import TestSample, build_test_loader, dataset_entries, is_thing_of
 from mask2former.evaluation import InstanceAP, PanopticQuality, SemanticIoU
 from mask2former.evaluation.tasks import evaluated_tasks
-from mask2former.inference import ImageResult, image_result
+from mask2former.inference import ImageResult, image_result, predict_image
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.modeling.postprocessing import MaskGeometry
-from mask2former.modeling.structures import MaskPrediction
+from mask2former.tta import TestAugmentation, augmented_result
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +100,17 @@ def check_evaluation(cfg: Any) -> None:
         _tasks_of(cfg, entry)
 
 
-def evaluate(cfg: Any, model: Mask2Former, *, watch: Watcher | None = None) -> Results | None:
+def evaluate(
+    cfg: Any, model: Mask2Former, *, watch: Watcher | None = None, with_tta: bool = False
+) -> Results | None:
     """Evaluate a model on DATASETS.TEST; every process must call it.
 
     Args:
         cfg: config.
         model: on its device; is in training mode again afterwards if it was before.
         watch: sees the samples and results of this process.
+        with_tta: if TEST.AUG is on, evaluate a second time with test-time augmentation. The outermost names of these
+            results end in "_TTA".
 
     Returns:
         On the first process {"panoptic_seg": {"PQ": ...}, ...}, one level deeper by name for several data sets;
@@ -115,12 +118,21 @@ def evaluate(cfg: Any, model: Mask2Former, *, watch: Watcher | None = None) -> R
     """
     was_training = model.training
     model.eval()
-    results = {}
-    for entry in dataset_entries(cfg, "DATASETS.TEST"):
-        results[entry.name] = _evaluate(cfg, model, entry, watch)
+    results = _evaluate_all(cfg, model, watch, None)
+    augmentation = TestAugmentation.from_config(cfg) if with_tta else None
+    if augmentation is not None:
+        logger.info("Evaluating once more, with test-time augmentation")
+        augmented = _evaluate_all(cfg, model, None, augmentation)
+        results |= {f"{name}_TTA": values for name, values in augmented.items()}
     model.train(was_training)
-    if rank() != 0:
-        return None
+    return results if rank() == 0 else None
+
+
+def _evaluate_all(
+    cfg: Any, model: Mask2Former, watch: Watcher | None, augmentation: TestAugmentation | None
+) -> Results:
+    entries = dataset_entries(cfg, "DATASETS.TEST")
+    results: Results = {entry.name: _evaluate(cfg, model, entry, watch, augmentation) for entry in entries}
     return next(iter(results.values())) if len(results) == 1 else results
 
 
@@ -135,8 +147,14 @@ def _tasks_of(cfg: Any, entry: CatalogEntry) -> list[str]:
 
 
 @torch.inference_mode()
-def _evaluate(cfg: Any, model: Mask2Former, entry: CatalogEntry, watch: Watcher | None) -> Results:
-    folder = Path(cfg.OUTPUT_DIR) / "inference" / entry.name
+def _evaluate(
+    cfg: Any,
+    model: Mask2Former,
+    entry: CatalogEntry,
+    watch: Watcher | None,
+    augmentation: TestAugmentation | None,
+) -> Results:
+    folder = Path(cfg.OUTPUT_DIR) / ("inference" if augmentation is None else "inference_TTA") / entry.name
     tasks = [_TASKS[name](entry, folder) for name in _tasks_of(cfg, entry)]
     records = entry.load()
     loader = build_test_loader(cfg, records, rank=rank(), world_size=world_size())
@@ -144,7 +162,7 @@ def _evaluate(cfg: Any, model: Mask2Former, entry: CatalogEntry, watch: Watcher 
     is_thing = torch.tensor(is_thing_of(cfg))
     start = time.perf_counter()
     for sample in tqdm(loader, desc=f"evaluating {entry.name}", disable=None if rank() == 0 else True, leave=False):
-        result = predict(model, sample, settings, is_thing)
+        result = predict(model, sample, settings, is_thing, augmentation)
         for task in tasks:
             task.update(sample.record, result)
         if watch is not None:
@@ -159,17 +177,17 @@ def _evaluate(cfg: Any, model: Mask2Former, entry: CatalogEntry, watch: Watcher 
     return results
 
 
-def predict(model: Mask2Former, sample: TestSample, settings: Mapping[str, Any], is_thing: Tensor) -> ImageResult:
+def predict(
+    model: Mask2Former,
+    sample: TestSample,
+    settings: Mapping[str, Any],
+    is_thing: Tensor,
+    augmentation: TestAugmentation | None = None,
+) -> ImageResult:
     """The results of one image at the size of its file."""
-    batch = model.batch_images([sample.image])
-    final = model.predict(batch, all_layers=False)[-1]
-    geometry = MaskGeometry(
-        canvas=(batch.shape[2], batch.shape[3]),
-        image_size=(sample.image.shape[1], sample.image.shape[2]),
-        output_size=sample.size,
-    )
-    prediction = MaskPrediction(final.class_logits[0], final.mask_logits[0])
-    return image_result(prediction, geometry, settings, lambda: is_thing)
+    if augmentation is None:
+        return image_result(*predict_image(model, sample.image, sample.size), settings, lambda: is_thing)
+    return augmented_result(model, sample.image, sample.size, settings, lambda: is_thing, augmentation)
 
 
 def _merge_on_first(task: _Task) -> bool:

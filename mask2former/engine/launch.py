@@ -133,7 +133,7 @@ def _evaluate_only(cfg: Any, *, resume: bool) -> Results | None:
     last = folder.last() if resume else None
     model = build_model(architecture)
     load_for_evaluation(model, str(last) if last else cfg.MODEL.WEIGHTS)
-    results = evaluate(cfg, model.to(fabric.device))
+    results = evaluate(cfg, model.to(fabric.device), with_tta=True)
     if results is not None:
         report(results)
         save_results(results, folder.folder / "inference" / "results.json")

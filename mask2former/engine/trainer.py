@@ -196,7 +196,8 @@ class Trainer:
             folder = self.folder.folder / "predictions" / f"{iteration:07d}"
             show = lambda name, pixels: log.picture(iteration, name, pixels)  # noqa: E731
             watch = SamplePictures(folder, entries[0].metadata.categories, show)
-        self.last_results = evaluate(self.cfg, self.evaluated_model, watch=watch)
+        is_last = iteration + 1 == self.max_iter
+        self.last_results = evaluate(self.cfg, self.evaluated_model, watch=watch, with_tta=is_last)
         if self.last_results is None or log is None:
             return
         report(self.last_results)
