@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -24,6 +23,7 @@ from mask2former import config, solver, training
 from mask2former.d2.data import build_test_loader, build_train_loader
 from mask2former.d2.evaluation import build_evaluator
 from mask2former.d2.tta import SemanticSegmentorWithTTA
+from mask2former.d2.weights import StartCheckpointer, TrainingCheckpointer, class_names
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **placement)
         self._trainer = MaskFormerStep(model, self.build_train_loader(cfg), optimizer, cfg)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = TrainingCheckpointer(
+            model, cfg.OUTPUT_DIR, categories=class_names(cfg), trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -131,11 +133,17 @@ class Trainer(DefaultTrainer):
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load the last checkpoint of the output folder, or MODEL.WEIGHTS; the data go on where they stopped."""
+        """Load the last checkpoint of the output folder, and the data go on where they stopped; or MODEL.WEIGHTS.
+
+        Raises:
+            ValueError: if MODEL.WEIGHTS do not fit, see `mask2former.finetune.load_start`.
+        """
+        if not (resume and self.checkpointer.has_checkpoint()):
+            StartCheckpointer(self.model, self.cfg).load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            return
         super().resume_or_load(resume)
-        if self.start_iter > 0:
-            logger.info("Resuming at iteration %d", self.start_iter)
-            self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.start_iter))
+        logger.info("Resuming at iteration %d", self.start_iter)
+        self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.start_iter))
 
 
 class MaskFormerStep(SimpleTrainer):

@@ -100,9 +100,7 @@ def check_evaluation(cfg: Any) -> None:
         _tasks_of(cfg, entry)
 
 
-def evaluate(
-    cfg: Any, model: Mask2Former, *, watch: Watcher | None = None, with_tta: bool = False
-) -> Results | None:
+def evaluate(cfg: Any, model: Mask2Former, *, watch: Watcher | None = None, with_tta: bool = False) -> Results | None:
     """Evaluate a model on DATASETS.TEST; every process must call it.
 
     Args:
