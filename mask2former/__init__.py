@@ -1,7 +1,7 @@
 """Mask2Former: masked-attention mask transformer for panoptic, instance and semantic segmentation.
 
-Importing this package never imports Detectron2. `add_maskformer2_config`, which configs for Detectron2 need,
-is loaded from `mask2former.d2` when it is first asked for.
+Importing this package never imports Detectron2. `add_maskformer2_config`, which configs for Detectron2 need, and
+`SemanticSegmentorWithTTA` are loaded from `mask2former.d2` when they are first asked for.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ __all__ = [
     "MaskPrediction",
     "MaskTarget",
     "PixelFeatures",
+    "SemanticSegmentorWithTTA",
     "add_maskformer2_config",
     "build_model",
     "preset",
@@ -24,8 +25,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "add_maskformer2_config":
-        from mask2former.d2 import add_maskformer2_config
+    if name in ("SemanticSegmentorWithTTA", "add_maskformer2_config"):
+        from mask2former import d2
 
-        return add_maskformer2_config
+        return getattr(d2, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -138,7 +138,7 @@ class WeightReport:
             ("of another shape", shapes),
         ):
             if names:
-                lines.append(f"{len(names)} {title}: {_shortened(names)}")
+                lines.append(f"{len(names)} {title}: {shortened(names)}")
         return "\n  ".join(lines)
 
 
@@ -212,6 +212,20 @@ def load_model_file(
     return model.eval().to(device), description
 
 
+def category_names(metadata: Mapping[str, str], where: str) -> tuple[str, ...] | None:
+    """Names of the classes of a model file, from its metadata; None for another safetensors file.
+
+    Raises:
+        ValueError: if the description cannot be used; names the file, ``where``.
+    """
+    if _METADATA_KEY not in metadata:
+        return None
+    try:
+        return tuple(category.name for category in _parse_description(metadata[_METADATA_KEY]).categories)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} has a description that cannot be used: {error}") from error
+
+
 def load_weights(
     model: nn.Module, source: str | Path | Mapping[str, Any], *, strict: bool = True
 ) -> WeightReport:
@@ -238,17 +252,26 @@ def load_weights(
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else read_weights(Path(source))
-    state = state_dict_of(content, where)
-    if content.get("matching_heuristics"):
-        known = model.state_dict().keys()
-        state = {f"backbone.{n}" if f"backbone.{n}" in known else n: t for n, t in state.items()}
-    matched, report = _fit(model, state)
+    matched, report = _fit(model, state_for(model, content, where))
     if strict and not report.complete:
         raise ValueError(f"{where} does not fit the model:\n  {report}")
     if not report.loaded:
         raise ValueError(f"{where} has no tensor that the model could take:\n  {report}")
     model.load_state_dict(matched, strict=False)
     return report
+
+
+def state_for(model: nn.Module, content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """The state dict in what `read_weights` gives; a backbone's own weights under their names in the model.
+
+    Raises:
+        ValueError: as `state_dict_of`.
+    """
+    state = state_dict_of(content, where)
+    if not content.get("matching_heuristics"):
+        return state
+    known = model.state_dict().keys()
+    return {f"backbone.{name}" if f"backbone.{name}" in known else name: t for name, t in state.items()}
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -330,23 +353,35 @@ def _parse_description(text: str) -> ModelDescription:
 
 
 def _fit(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], WeightReport]:
-    """Which tensors fit the model, under the model's own names; the model is not changed.
+    """Which tensors fit the model, under the model's own names; the model is not changed."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, unexpected = match_names(model, state)
+    matched = {name: tensor for name, tensor in found.items() if tensor.shape == shapes[name]}
+    return matched, WeightReport(
+        loaded=tuple(n for n in shapes if n in matched),
+        missing=tuple(n for n in shapes if n not in found),
+        unexpected=unexpected,
+        mismatched=tuple(
+            ShapeMismatch(n, tuple(t.shape), shapes[n]) for n, t in found.items() if n not in matched
+        ),
+    )
+
+
+def match_names(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Which tensors belong to the model, whatever their shapes.
 
     Only the modules' own loading code knows legacy names. So it runs, and hooks take each tensor out after
-    the renaming and before the copy.
+    the renaming and before the copy. The model is not changed.
+
+    Returns:
+        The tensors by the model's own names, and the names of those that it does not have.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    matched: dict[str, Tensor] = {}
-    mismatched: list[ShapeMismatch] = []
+    own = model.state_dict().keys()
+    found: dict[str, Tensor] = {}
 
     def take(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-        own = [n for n in state_dict if n in shapes and n.startswith(prefix) and "." not in n[len(prefix) :]]
-        for name in own:
-            tensor = state_dict.pop(name)
-            if tensor.shape == shapes[name]:
-                matched[name] = tensor
-            else:
-                mismatched.append(ShapeMismatch(name, tuple(tensor.shape), shapes[name]))
+        for name in [n for n in state_dict if n in own and n.startswith(prefix) and "." not in n[len(prefix) :]]:
+            found[name] = state_dict.pop(name)
 
     hooks = [module.register_load_state_dict_pre_hook(take) for module in model.modules()]
     try:
@@ -354,16 +389,11 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     finally:
         for hook in hooks:
             hook.remove()
-    missing = shapes.keys() - matched.keys() - {m.name for m in mismatched}
-    return matched, WeightReport(
-        loaded=tuple(n for n in shapes if n in matched),
-        missing=tuple(n for n in shapes if n in missing),
-        unexpected=tuple(unexpected),
-        mismatched=tuple(mismatched),
-    )
+    return found, tuple(unexpected)
 
 
-def _shortened(names: Iterable[str], limit: int = 20) -> str:
+def shortened(names: Iterable[str], limit: int = 20) -> str:
+    """The first names of a list for a message, and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

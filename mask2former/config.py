@@ -231,6 +231,21 @@ def test_resize_arguments(cfg: Any) -> dict[str, Any]:
     return {"shortest": cfg.INPUT.MIN_SIZE_TEST, "longest": cfg.INPUT.MAX_SIZE_TEST}
 
 
+def tta_arguments(cfg: Any) -> dict[str, Any] | None:
+    """TEST.AUG -> the views of test-time augmentation; None if it is off."""
+    augmentation = cfg.TEST.AUG
+    if not augmentation.ENABLED:
+        return None
+    sizes = list(augmentation.MIN_SIZES)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"TEST.AUG.MIN_SIZES must be at least one size of at least 1, got {sizes}")
+    return {
+        "min_sizes": sizes,
+        "max_size": _at_least(cfg, "TEST.AUG.MAX_SIZE", 1),
+        "flip": augmentation.FLIP,
+    }
+
+
 def optimizer_arguments(cfg: Any) -> dict[str, Any]:
     """SOLVER -> optimizer and parameter groups; `momentum` is for SGD."""
     solver = cfg.SOLVER

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "SOLVER.EMA.DECAY": 0.9999,  # new
     "SOLVER.CHECKPOINTS_KEPT": 0,  # new; 0 keeps all
     "LOGGING.WANDB_PROJECT": "",  # new, embedded engine only
+    "MODEL.WEIGHTS_DATASET": "",  # new; names the classes that MODEL.WEIGHTS were trained on
     # DeepLab's default is "deeplab", but `build_resnet_backbone` builds the basic stem whatever this says.
     "MODEL.RESNETS.STEM_TYPE": "basic",
     "MODEL.RESNETS.RES4_DILATION": 1,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mask2former import config
 from mask2former.checkpoint import TASKS, PredictionSettings
+from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     InstanceResult,
     MaskGeometry,
@@ -45,6 +46,29 @@ def prediction_settings(cfg: Any) -> PredictionSettings:
         semantic_resize_first=inference["sem_seg_postprocessing_before_inference"],
         **config.test_resize_arguments(cfg),
     )
+
+
+def predict_image(
+    model: Mask2Former, image: Tensor, output_size: tuple[int, int]
+) -> tuple[MaskPrediction, MaskGeometry]:
+    """Predict from one image alone.
+
+    Args:
+        model: in evaluation mode.
+        image: (3, h, w) in 0..255, as large as the model is to see it.
+        output_size: (height, width) of the wanted result.
+
+    Returns:
+        Class logits (Q, K + 1) and mask logits (Q, h', w') of the last layer, and the way to the wanted size.
+    """
+    batch = model.batch_images([image])
+    final = model.predict(batch, all_layers=False)[-1]
+    geometry = MaskGeometry(
+        canvas=(batch.shape[2], batch.shape[3]),
+        image_size=(image.shape[1], image.shape[2]),
+        output_size=output_size,
+    )
+    return MaskPrediction(final.class_logits[0], final.mask_logits[0]), geometry
 
 
 def image_result(

@@ -14,6 +14,7 @@ from mask2former.checkpoint import TASKS, PredictionSettings, Task, check_thresh
 from mask2former.data.augmentations import ResizeShortestEdge
 from mask2former.data.catalog import Category
 from mask2former.data.images import read_image
+from mask2former.inference import predict_image
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     MaskGeometry,
@@ -228,14 +229,7 @@ class Predictor:
         resized = self._resize(pixels)
         channels = resized if self.image_format == "RGB" else resized[..., ::-1]
         planes = torch.from_numpy(channels.transpose(2, 0, 1).copy())  # (3, h, w)
-        batch = self.model.batch_images([planes])
-        final = self.model.predict(batch, all_layers=False)[-1]
-        geometry = MaskGeometry(
-            canvas=(batch.shape[2], batch.shape[3]),
-            image_size=(resized.shape[0], resized.shape[1]),
-            output_size=(pixels.shape[0], pixels.shape[1]),
-        )
-        return MaskPrediction(final.class_logits[0], final.mask_logits[0]), geometry
+        return predict_image(self.model, planes, (pixels.shape[0], pixels.shape[1]))
 
     def _panoptic(
         self, prediction: MaskPrediction, geometry: MaskGeometry, threshold: float | None

@@ -8,6 +8,7 @@ from mask2former.d2.meta_arch import MaskFormer
 from mask2former.d2.predictor import export_model, predictor_from_config
 from mask2former.d2.registry import TRANSFORMER_DECODER_REGISTRY
 from mask2former.d2.trainer import Trainer
+from mask2former.d2.tta import SemanticSegmentorWithTTA
 
 __all__ = [
     "TRANSFORMER_DECODER_REGISTRY",
@@ -17,6 +18,7 @@ __all__ = [
     "MaskFormerDatasetMapper",
     "MaskFormerHead",
     "MultiScaleMaskedTransformerDecoder",
+    "SemanticSegmentorWithTTA",
     "Trainer",
     "add_maskformer2_config",
     "export_model",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mask2former.config import criterion_arguments, inference_arguments, input_arguments
 from mask2former.d2.data import dataset_metadata, is_thing_of
-from mask2former.inference import image_result
+from mask2former.inference import ImageResult, image_result
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import MaskGeometry
@@ -93,25 +93,30 @@ class MaskFormer(Mask2Former):
                 image_size=(height, width),
                 output_size=(inputs.get("height", height), inputs.get("width", width)),
             )
-            results.append(self._results(MaskPrediction(class_logits[index], mask_logits[index]), geometry))
+            prediction = MaskPrediction(class_logits[index], mask_logits[index])
+            result = image_result(prediction, geometry, self.inference, lambda: self.is_thing)
+            results.append(as_detectron2(result, geometry.output_size))
         return results
 
-    def _results(self, prediction: MaskPrediction, geometry: MaskGeometry) -> dict[str, Any]:
-        result, results = image_result(prediction, geometry, self.inference, lambda: self.is_thing), {}
-        if result.semantic is not None:
-            results["sem_seg"] = result.semantic
-        if result.panoptic is not None:
-            segments = [asdict(s) | {"isthing": s.is_thing} for s in result.panoptic.segments]
-            results["panoptic_seg"] = (result.panoptic.ids, segments)
-        if result.instances is not None:
-            results["instances"] = Instances(
-                geometry.output_size,
-                pred_classes=result.instances.labels,
-                scores=result.instances.scores,
-                pred_masks=result.instances.masks,
-                pred_boxes=Boxes(result.instances.boxes),
-            )
-        return results
+
+def as_detectron2(result: ImageResult, output_size: tuple[int, int]) -> dict[str, Any]:
+    """The results of one image, (height, width) large, as Detectron2's evaluators and drawing take them."""
+    results: dict[str, Any] = {}
+    if result.semantic is not None:
+        results["sem_seg"] = result.semantic
+    if result.panoptic is not None:
+        segments = [asdict(s) | {"isthing": s.is_thing} for s in result.panoptic.segments]
+        results["panoptic_seg"] = (result.panoptic.ids, segments)
+    if result.instances is not None:
+        results["instances"] = Instances(
+            output_size,
+            pred_classes=result.instances.labels,
+            scores=result.instances.scores,
+            pred_masks=result.instances.masks,
+            pred_boxes=Boxes(result.instances.boxes),
+        )
+    return results
+
 
 
 def target_from_instances(instances: Instances | None) -> MaskTarget:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -23,6 +22,8 @@ from torch.utils.data import DataLoader
 from mask2former import config, solver, training
 from mask2former.d2.data import build_test_loader, build_train_loader, register_datasets_of
 from mask2former.d2.evaluation import LoaderWithProgress, build_evaluator
+from mask2former.d2.tta import SemanticSegmentorWithTTA
+from mask2former.d2.weights import StartCheckpointer, TrainingCheckpointer, class_names
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **placement)
         self._trainer = MaskFormerStep(model, self.build_train_loader(cfg), optimizer, cfg)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = TrainingCheckpointer(
+            model, cfg.OUTPUT_DIR, categories=class_names(cfg), trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -102,20 +105,46 @@ class Trainer(DefaultTrainer):
         """The evaluators of a data set."""
         return build_evaluator(cfg, dataset_name, str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name))
 
+    @classmethod
+    def test_with_TTA(cls, cfg: Any, model: nn.Module) -> dict[str, Any]:  # noqa: N802 - the published name
+        """Evaluate with test-time augmentation; the outermost names of the results end in "_TTA"."""
+        logger.info("Evaluating with test-time augmentation")
+        folder = Path(cfg.OUTPUT_DIR) / "inference_TTA"
+        evaluators = [build_evaluator(cfg, name, str(folder / name)) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, SemanticSegmentorWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": values for name, values in results.items()}
+
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks; of its periodic checkpoints as many are kept as SOLVER.CHECKPOINTS_KEPT says."""
+        """Detectron2's hooks; the evaluation with TEST.AUG comes after the last plain one.
+
+        Of the periodic checkpoints as many are kept as SOLVER.CHECKPOINTS_KEPT says.
+        """
         every = super().build_hooks()
         for hook in every:
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.max_to_keep = config.run_arguments(self.cfg)["checkpoints_kept"]
+        if config.tta_arguments(self.cfg) is not None:
+            plain = next(place for place, hook in enumerate(every) if isinstance(hook, hooks.EvalHook))
+            every.insert(plain + 1, hooks.EvalHook(0, self._test_with_tta_and_save_results))
         return every
 
+    def _test_with_tta_and_save_results(self) -> dict[str, Any]:
+        results = self.test_with_TTA(self.cfg, self.model)
+        self._last_eval_results = {**self._last_eval_results, **results}
+        return results
+
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load the last checkpoint of the output folder, or MODEL.WEIGHTS; the data go on where they stopped."""
+        """Load the last checkpoint of the output folder, and the data go on where they stopped; or MODEL.WEIGHTS.
+
+        Raises:
+            ValueError: if MODEL.WEIGHTS do not fit, see `mask2former.finetune.load_start`.
+        """
+        if not (resume and self.checkpointer.has_checkpoint()):
+            StartCheckpointer(self.model, self.cfg).load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            return
         super().resume_or_load(resume)
-        if self.start_iter > 0:
-            logger.info("Resuming at iteration %d", self.start_iter)
-            self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.start_iter))
+        logger.info("Resuming at iteration %d", self.start_iter)
+        self._trainer.reset_data_loader(lambda: build_train_loader(self.cfg, self.start_iter))
 
 
 class MaskFormerStep(SimpleTrainer):

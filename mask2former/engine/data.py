@@ -65,6 +65,18 @@ def is_thing_of(cfg: Any) -> list[bool]:
     return flags + [False] * (cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES - len(flags))
 
 
+def class_names(cfg: Any) -> list[str | None] | None:
+    """Names of the model's classes, as the first training set of the config says; None where it has fewer.
+
+    None altogether without a training set.
+    """
+    entries = dataset_entries(cfg, "DATASETS.TRAIN")
+    if not entries:
+        return None
+    names: list[str | None] = [category.name for category in entries[0].metadata.categories]
+    return names + [None] * (cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES - len(names))
+
+
 def build_train_loader(
     cfg: Any, *, seed: int, rank: int = 0, world_size: int = 1, start_batch: int = 0
 ) -> DataLoader[Any]:

@@ -79,6 +79,9 @@ DETECTRON2_DEFAULTS: dict[str, Any] = {
     "TEST.EVAL_PERIOD": 0,
     "TEST.DETECTIONS_PER_IMAGE": 100,
     "TEST.AUG.ENABLED": False,
+    "TEST.AUG.MIN_SIZES": (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
+    "TEST.AUG.MAX_SIZE": 4000,
+    "TEST.AUG.FLIP": True,
     "TEST.PRECISE_BN.ENABLED": False,
 }
 
@@ -89,7 +92,6 @@ ONLY_DEFAULT: dict[str, str] = {
     "MODEL.LOAD_PROPOSALS": "there are no proposals",
     "SOLVER.NESTEROV": "momentum is plain",
     "SOLVER.REFERENCE_WORLD_SIZE": "settings are not scaled by the number of processes",
-    "TEST.AUG.ENABLED": "there is no test-time augmentation",
     "TEST.PRECISE_BN.ENABLED": "there is no precise batch normalisation",
     "DATALOADER.SAMPLER_TRAIN": "there is one order of the images",
 }
@@ -134,9 +136,6 @@ IGNORED_KEYS = frozenset(
         "SOLVER.BIAS_LR_FACTOR",
         "SOLVER.NUM_DECAYS",
         "SOLVER.WEIGHT_DECAY_BIAS",
-        "TEST.AUG.FLIP",
-        "TEST.AUG.MAX_SIZE",
-        "TEST.AUG.MIN_SIZES",
         "TEST.EXPECTED_RESULTS",
         "TEST.KEYPOINT_OKS_SIGMAS",
         "TEST.PRECISE_BN.NUM_ITER",

@@ -15,10 +15,9 @@ from mask2former.engine.data import TestSample, build_test_loader, dataset_entri
 from mask2former.evaluation.progress import with_progress
 from mask2former.evaluation.reporting import report
 from mask2former.evaluation.tasks import evaluated_tasks, make_tasks, merged_results
-from mask2former.inference import ImageResult, image_result
+from mask2former.inference import ImageResult, image_result, predict_image
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.modeling.postprocessing import MaskGeometry
-from mask2former.modeling.structures import MaskPrediction
+from mask2former.tta import TestAugmentation, augmented_result
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +31,15 @@ def check_evaluation(cfg: Any) -> None:
         evaluated_tasks(entry.name, entry.metadata, config.inference_arguments(cfg))
 
 
-def evaluate(cfg: Any, model: Mask2Former, *, watch: Watcher | None = None) -> Results | None:
+def evaluate(cfg: Any, model: Mask2Former, *, watch: Watcher | None = None, with_tta: bool = False) -> Results | None:
     """Evaluate a model on DATASETS.TEST; every process must call it.
 
     Args:
         cfg: config.
         model: on its device; is in training mode again afterwards if it was before.
         watch: sees the samples and results of this process.
+        with_tta: if TEST.AUG is on, evaluate a second time with test-time augmentation. The outermost names of these
+            results end in "_TTA".
 
     Returns:
         On the first process {"panoptic_seg": {"PQ": ...}, ...}, one level deeper by name for several data sets;
@@ -46,23 +47,38 @@ def evaluate(cfg: Any, model: Mask2Former, *, watch: Watcher | None = None) -> R
     """
     was_training = model.training
     model.eval()
-    results = {}
-    for entry in dataset_entries(cfg, "DATASETS.TEST"):
-        results[entry.name] = _evaluate(cfg, model, entry, watch)
+    results = _evaluate_all(cfg, model, watch, None)
+    augmentation = TestAugmentation.from_config(cfg) if with_tta else None
+    if augmentation is not None:
+        logger.info("Evaluating once more, with test-time augmentation")
+        augmented = _evaluate_all(cfg, model, None, augmentation)
+        results |= {f"{name}_TTA": values for name, values in augmented.items()}
     model.train(was_training)
-    if rank() != 0:
-        return None
+    return results if rank() == 0 else None
+
+
+def _evaluate_all(
+    cfg: Any, model: Mask2Former, watch: Watcher | None, augmentation: TestAugmentation | None
+) -> Results:
+    entries = dataset_entries(cfg, "DATASETS.TEST")
+    results: Results = {entry.name: _evaluate(cfg, model, entry, watch, augmentation) for entry in entries}
     return next(iter(results.values())) if len(results) == 1 else results
 
 
 @torch.inference_mode()
-def _evaluate(cfg: Any, model: Mask2Former, entry: CatalogEntry, watch: Watcher | None) -> Results:
+def _evaluate(
+    cfg: Any,
+    model: Mask2Former,
+    entry: CatalogEntry,
+    watch: Watcher | None,
+    augmentation: TestAugmentation | None,
+) -> Results:
     settings = config.inference_arguments(cfg)
     tasks = make_tasks(entry.name, entry.metadata, settings, **config.evaluation_arguments(cfg))
     loader = build_test_loader(cfg, entry.load(), rank=rank(), world_size=world_size())
     is_thing = torch.tensor(is_thing_of(cfg))
     for sample in with_progress(loader, entry.name, len(loader), processes=world_size(), is_shown=rank() == 0):
-        result = predict(model, sample, settings, is_thing)
+        result = predict(model, sample, settings, is_thing, augmentation)
         for task in tasks:
             task.update(sample.record, result)
         if watch is not None:
@@ -70,22 +86,23 @@ def _evaluate(cfg: Any, model: Mask2Former, entry: CatalogEntry, watch: Watcher 
     results = merged_results(tasks, _gather)
     if results is None:
         return {}
-    report(entry.name, results, Path(cfg.OUTPUT_DIR) / "inference" / entry.name, tasks)
+    folder = "inference" if augmentation is None else "inference_TTA"
+    report(entry.name, results, Path(cfg.OUTPUT_DIR) / folder / entry.name, tasks)
     _log_for_copying(results)
     return dict(results)
 
 
-def predict(model: Mask2Former, sample: TestSample, settings: Mapping[str, Any], is_thing: Tensor) -> ImageResult:
+def predict(
+    model: Mask2Former,
+    sample: TestSample,
+    settings: Mapping[str, Any],
+    is_thing: Tensor,
+    augmentation: TestAugmentation | None = None,
+) -> ImageResult:
     """The results of one image at the size of its file."""
-    batch = model.batch_images([sample.image])
-    final = model.predict(batch, all_layers=False)[-1]
-    geometry = MaskGeometry(
-        canvas=(batch.shape[2], batch.shape[3]),
-        image_size=(sample.image.shape[1], sample.image.shape[2]),
-        output_size=sample.size,
-    )
-    prediction = MaskPrediction(final.class_logits[0], final.mask_logits[0])
-    return image_result(prediction, geometry, settings, lambda: is_thing)
+    if augmentation is None:
+        return image_result(*predict_image(model, sample.image, sample.size), settings, lambda: is_thing)
+    return augmented_result(model, sample.image, sample.size, settings, lambda: is_thing, augmentation)
 
 
 def _gather(part: Any) -> list[Any]:

@@ -133,7 +133,7 @@ def _evaluate_only(cfg: Any, *, resume: bool) -> Results | None:
     last = folder.last() if resume else None
     model = build_model(architecture)
     load_for_evaluation(model, str(last) if last else cfg.MODEL.WEIGHTS)
-    return evaluate(cfg, model.to(fabric.device))
+    return evaluate(cfg, model.to(fabric.device), with_tta=True)
 
 
 def _configure(cfg: Any) -> None:

@@ -19,7 +19,7 @@ from mask2former import config, solver, training
 from mask2former.build import build_model
 from mask2former.checkpoint import load_weights
 from mask2former.engine.checkpoints import CheckpointFolder
-from mask2former.engine.data import build_train_loader, dataset_entries
+from mask2former.engine.data import build_train_loader, class_names, dataset_entries
 from mask2former.engine.evaluation import Results, check_evaluation, evaluate
 from mask2former.engine.pictures import SamplePictures
 from mask2former.engine.processes import make_fabric
@@ -28,11 +28,11 @@ from mask2former.engine.step import StepResult, TrainingStep
 from mask2former.engine.weights import load_start
 from mask2former.engine.yaml_files import ConfigError
 from mask2former.evaluation.reporting import flat, main_metric
+from mask2former.finetune import OWN_ENTRY
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
 
-_OWN = "mask2former"  # what checkpoints hold besides Detectron2's keys
 _SAME_PRESS = 3.0  # seconds in which a second signal is the first one, passed on by the launcher
 
 
@@ -115,7 +115,7 @@ class Trainer:
             return
         if resume:
             logger.info("There is no checkpoint in %s: training starts anew", self.folder.folder)
-        load_start(self.model, self.cfg.MODEL.WEIGHTS)
+        load_start(self.model, self.cfg)
         self.ema = _average(self.model, self.settings["ema_decay"])
 
     def train(self) -> Results | None:
@@ -197,14 +197,16 @@ class Trainer:
             folder = self.folder.folder / "predictions" / f"{iteration:07d}"
             show = lambda name, pixels: log.picture(iteration, name, pixels)  # noqa: E731
             watch = SamplePictures(folder, entries[0].metadata.categories, show)
-        self.last_results = evaluate(self.cfg, self.evaluated_model, watch=watch)
+        is_last = iteration + 1 == self.max_iter
+        self.last_results = evaluate(self.cfg, self.evaluated_model, watch=watch, with_tta=is_last)
         if self.last_results is None or log is None:
             return
         log.results(iteration, flat(self.last_results))
         found = main_metric(self.last_results)
         if found is not None and (self.best is None or found[0] != self.best[0] or found[1] > self.best[1]):
             self.best = found
-            state = {"model": self.evaluated_model.state_dict(), "iteration": iteration, _OWN: {"metric": list(found)}}
+            own = {"metric": list(found), "categories": class_names(self.cfg)}
+            state = {"model": self.evaluated_model.state_dict(), "iteration": iteration, OWN_ENTRY: own}
             self.folder.save("model_best", state, is_last=False)
 
     def state(self, iteration: int) -> dict[str, Any]:
@@ -214,7 +216,11 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "grad_scaler": {} if self.step.scaler is None else self.step.scaler.state_dict(),
         }
-        own: dict[str, Any] = {"seed": self.seed, "best": None if self.best is None else list(self.best)}
+        own: dict[str, Any] = {
+            "seed": self.seed,
+            "best": None if self.best is None else list(self.best),
+            "categories": class_names(self.cfg),
+        }
         if self.ema is not None:
             own["ema"] = {"model": self.ema.module.state_dict(), "steps": int(self.ema.n_averaged)}
         return {
@@ -225,7 +231,7 @@ class Trainer:
                 "_trainer": step,
             },
             "iteration": iteration,
-            _OWN: own,
+            OWN_ENTRY: own,
         }
 
     def _load_state(self, content: Mapping[str, Any], path: Path) -> None:
@@ -238,7 +244,7 @@ class Trainer:
                 f"{path} holds weights only, from which no training can be resumed; to start one from them: "
                 f"MODEL.WEIGHTS {path}"
             )
-        trainer, own = content["trainer"], content.get(_OWN, {})
+        trainer, own = content["trainer"], content.get(OWN_ENTRY, {})
         step = trainer["_trainer"]
         try:
             self.step.optimizer.load_state_dict(step["optimizer"])

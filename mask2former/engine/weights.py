@@ -2,33 +2,51 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
 from torch import nn
 
+from mask2former import finetune
 from mask2former.checkpoint import WeightReport, load_weights
+from mask2former.data import catalog
+from mask2former.engine.data import class_names
 from mask2former.engine.yaml_files import ConfigError
+from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
 
 _DETECTRON2_FILES = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
-def load_start(model: nn.Module, weights: str) -> None:
-    """Load MODEL.WEIGHTS for a training: what does not fit stays random, with a warning.
+def load_start(model: Mask2Former, cfg: Any) -> None:
+    """Load MODEL.WEIGHTS for a training, see `mask2former.finetune.load_start`, and log what became of each tensor.
 
     Raises:
-        ConfigError: if the file is missing, cannot be read or fits in no tensor.
+        ConfigError: if the file is missing, cannot be read or does not fit, or MODEL.WEIGHTS_DATASET is not known.
     """
+    weights: str = cfg.MODEL.WEIGHTS
     if not weights:
         logger.info("MODEL.WEIGHTS is empty: training starts from random weights")
         return
-    report = _load(model, weights)
-    if report.missing or report.mismatched:
-        logger.warning("MODEL.WEIGHTS %s does not hold the whole model; the rest stays random: %s", weights, report)
-    else:
-        logger.info("MODEL.WEIGHTS %s: %s", weights, report)
+    names, source_names = class_names(cfg), _names_of(cfg.MODEL.WEIGHTS_DATASET)
+    try:
+        report = finetune.load_start(model, local_file(weights), categories=names, source_categories=source_names)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
+    level = logging.WARNING if report.needs_attention else logging.INFO
+    logger.log(level, "MODEL.WEIGHTS %s: %s", weights, report)
+
+
+def _names_of(dataset: str) -> list[str] | None:
+    """Names of the classes of a data set; None without one."""
+    if not dataset:
+        return None
+    try:
+        return [category.name for category in catalog.get(dataset).metadata.categories]
+    except catalog.UnknownDatasetError as error:
+        raise ConfigError(f"MODEL.WEIGHTS_DATASET: {error}") from error
 
 
 def load_for_evaluation(model: nn.Module, weights: str) -> None:
