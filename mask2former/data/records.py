@@ -179,6 +179,7 @@ def filter_empty(records: Iterable[Record]) -> list[Record]:
     everything = list(records)
     if all(isinstance(record.get("annotations", []), list) for record in everything):
         return [record for record in everything if _has_object(record)]
+    _logger.info("Reading the annotations of %d images to find those without objects", len(everything))
     with ThreadPoolExecutor() as pool:  # annotations that are read from a file at each pass
         return [record for record, kept in zip(everything, pool.map(_has_object, everything), strict=True) if kept]
 
