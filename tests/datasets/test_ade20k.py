@@ -15,10 +15,10 @@ from tests.datasets.miniatures import ADE_LABELS, pixels_of, prepare, save
 
 # The second column of the challenge's categoryMapping.txt: the class among the 150 (from 1) of each of the 100.
 SEMANTIC_OF_INSTANCE = [
-    8, 9, 11, 13, 15, 16, 19, 20, 21, 23, 24, 25, 28, 31, 32, 33, 34, 36, 37, 38, 39, 40, 42, 43, 44, 45, 46, 48, 50, 51,
-    54, 56, 57, 58, 59, 63, 65, 66, 67, 68, 70, 71, 72, 73, 74, 75, 76, 77, 79, 81, 82, 83, 84, 86, 87, 88, 89, 90, 91,
-    93, 94, 96, 98, 99, 103, 104, 105, 108, 109, 111, 112, 113, 116, 117, 119, 120, 121, 122, 124, 125, 126, 127, 128,
-    130, 131, 133, 134, 135, 136, 137, 138, 139, 140, 143, 144, 145, 147, 148, 149, 150,
+    8, 9, 11, 13, 15, 16, 19, 20, 21, 23, 24, 25, 28, 31, 32, 33, 34, 36, 37, 38, 39, 40, 42, 43, 44, 45, 46, 48, 50,
+    51, 54, 56, 57, 58, 59, 63, 65, 66, 67, 68, 70, 71, 72, 73, 74, 75, 76, 77, 79, 81, 82, 83, 84, 86, 87, 88, 89, 90,
+    91, 93, 94, 96, 98, 99, 103, 104, 105, 108, 109, 111, 112, 113, 116, 117, 119, 120, 121, 122, 124, 125, 126, 127,
+    128, 130, 131, 133, 134, 135, 136, 137, 138, 139, 140, 143, 144, 145, 147, 148, 149, 150,
 ]  # fmt: skip
 W, B, F = 256 * 1, 256 * 2, 256 * 4  # segment ids of wall, building, floor
 BED, WINDOW, FLAG = 256 * 8, 256 * 9, 256 * 150
@@ -147,7 +147,7 @@ def test_instances(tmp_path, monkeypatch):
         (1, [5, 3, 1, 1], 0),
     ]
     for annotation, number in zip(annotations[4:], (1, 2, 3, 255), strict=True):
-        assert (coco_masks.decode(annotation["segmentation"]) == (miniatures.ADE_NUMBERS == number)).all()
+        assert (coco_masks.decode(annotation["segmentation"]) == (number == miniatures.ADE_NUMBERS)).all()
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     record = catalog.get("ade20k_instance_val").load()[1]
     assert record["image_id"] == 2

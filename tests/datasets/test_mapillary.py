@@ -29,7 +29,7 @@ def test_instances(tmp_path, monkeypatch):
         [4, "b", 56, 4, [4, 2, 2, 2], 1],
     ]
     for annotation, segment in zip(content["annotations"], (56, 57, 56, 57), strict=True):
-        assert (coco_masks.decode(annotation["segmentation"]) == (MAPILLARY_IDS == 256 * segment)).all()
+        assert (coco_masks.decode(annotation["segmentation"]) == (256 * segment == MAPILLARY_IDS)).all()
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     record = catalog.get("mapillary_vistas_instance_val").load()[0]
     assert record["file_name"] == str(root / "validation/images/a.jpg")
