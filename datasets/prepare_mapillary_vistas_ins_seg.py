@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 if importlib.util.find_spec("mask2former") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,9 +35,9 @@ class Job(NamedTuple):
 
 def convert(categories: frozenset[int], job: Job) -> Converted:
     """`categories` are those of the JSON file, with "unlabelled" ones."""
-    row = job.image.row
+    row = {**job.image.row, "file_name": job.photo.name}
     require_size(job.photo, image_size(job.photo), (row["height"], row["width"]), job.image.json_file)
-    ids = read_segment_map(job.image, categories)
+    ids = np.asfortranarray(read_segment_map(job.image, categories))  # as masks are encoded
     things = {category.id for category in thing_categories()}
     annotations = [
         {
@@ -75,7 +77,7 @@ def prepare(preparation: Preparation, split: str) -> None:
     images, categories = read_panoptic_json(json_file, half / "panoptic")
     require_version(categories, json_file)
     known = frozenset(category["id"] for category in categories)
-    jobs = [Job(half / "images" / image.row["file_name"], image) for image in images]
+    jobs = [Job(half / "images" / f"{image.png.stem}.jpg", image) for image in images]
     rows = preparation.convert(partial(convert, known), jobs, f"Mapillary Vistas instances {split}")
     annotations = [annotation for _, of_image in rows for annotation in of_image]
     content = {

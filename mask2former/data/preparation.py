@@ -6,12 +6,11 @@ function that turns one job into a `Converted` and writes nothing itself. What i
 """
 
 import argparse
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ MOST_FAULTS = 50
 """A run stops when it has found so many."""
 
 _FILES_AT_ONCE = 4
+_MOST_WORKERS = 32  # of those that nobody asked for
 _INTERRUPTED = 130
 
 Job = TypeVar("Job")
@@ -68,12 +68,20 @@ class Preparation:
             overwrite: replace output files that are there with different content.
         """
         self.root = root
-        self._workers = workers
+        self._pool = _pool(workers) if workers > 1 else None
         self._overwrite = overwrite
         self._faults = 0
         self._split_faults = 0
         self._written = 0
         self._kept = 0
+
+    def __enter__(self) -> "Preparation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the processes when they have finished the files at hand."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def prepare(self, split: str, prepare: Callable[["Preparation", str], None]) -> None:
         """Calls the function for a split and keeps the fault that it raises."""
@@ -119,14 +127,14 @@ class Preparation:
         """
         rows = []
         attempt = partial(_attempt, convert, self._overwrite)
-        with _mapping(min(self._workers, len(jobs))) as mapped:
-            for outcome in tqdm(mapped(attempt, jobs), total=len(jobs), desc=title, unit="file"):
-                if outcome.fault is not None:
-                    self.add_fault(outcome.fault)
-                else:
-                    rows.append(outcome.row)
-                self._written += outcome.written
-                self._kept += outcome.kept
+        outcomes = map(attempt, jobs) if self._pool is None else _map_uninterrupted(self._pool, attempt, jobs)
+        for outcome in tqdm(outcomes, total=len(jobs), desc=title, unit="file"):
+            self._written += outcome.written
+            self._kept += outcome.kept
+            if outcome.fault is not None:
+                self.add_fault(outcome.fault)
+            else:
+                rows.append(outcome.row)
         return rows
 
     def write_json(self, path: Path, content: Any) -> None:
@@ -183,20 +191,20 @@ def run(
         the exit code: 0 all is there; 1 there were faults; 130 interrupted.
     """
     args = _parse(description, splits, arguments)
-    preparation = Preparation(root=args.root, workers=args.workers, overwrite=args.overwrite)
-    try:
-        for split in args.split:
-            preparation.prepare(split, prepare)
-    except TooManyFaultsError:
-        print(f"stopped after {MOST_FAULTS} faults; what has been written is complete", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; what has been written is complete, and the same command goes on", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenProcessPool:
-        preparation.finish()
-        print("a worker process was killed, perhaps for want of memory: try fewer --workers", file=sys.stderr)
-        return 1
-    return preparation.finish()
+    with Preparation(root=args.root, workers=args.workers, overwrite=args.overwrite) as preparation:
+        try:
+            for split in args.split:
+                preparation.prepare(split, prepare)
+        except TooManyFaultsError:
+            print(f"stopped after {MOST_FAULTS} faults; what has been written is complete", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted; what has been written is complete, and the same command goes on", file=sys.stderr)
+            return _INTERRUPTED
+        except BrokenProcessPool:
+            preparation.finish()
+            print("a worker process was killed, perhaps for want of memory: try fewer --workers", file=sys.stderr)
+            return 1
+        return preparation.finish()
 
 
 def category_rows(categories: Iterable[Category]) -> list[dict[str, Any]]:
@@ -251,21 +259,18 @@ def _stems(folder: Path, suffix: str) -> dict[str, Path]:
     return found
 
 
-@contextlib.contextmanager
-def _mapping(workers: int) -> Iterator[Callable[[Callable[[Job], _Outcome], Iterable[Job]], Iterable[_Outcome]]]:
-    """A function like `map`, whose calls are shared by several processes; results are in the order of the jobs."""
-    if workers <= 1:
-        yield map
-        return
-    # "spawn" is there on every system, and safe beside the threads of NumPy and tqdm.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
-    try:
-        yield partial(_start, pool)
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Unlike "fork", both ways of starting are safe beside the threads of NumPy and tqdm."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once for all
+    return ProcessPoolExecutor(workers, context, _ignore_interrupts)
 
 
-def _start(pool: ProcessPoolExecutor, attempt: Callable[[Job], _Outcome], jobs: Iterable[Job]) -> Iterable[_Outcome]:
+def _map_uninterrupted(
+    pool: ProcessPoolExecutor, attempt: Callable[[Job], _Outcome], jobs: Iterable[Job]
+) -> Iterable[_Outcome]:
     """Ctrl-C goes to all processes of a terminal. It is for this one alone: the others finish the file at hand.
 
     A process inherits that it ignores the signal, so that it does from its first moment.
@@ -294,7 +299,11 @@ def _parse(description: str | None, splits: Sequence[str], arguments: Sequence[s
     )
     parser.add_argument("--split", nargs="+", choices=splits, default=list(splits), help="without it all")
     parser.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (now: %(default)s)"
+        "--workers",
+        type=_positive,
+        default=min(os.cpu_count() or 1, _MOST_WORKERS),
+        metavar="N",
+        help="processes (now: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there with different content")
     return parser.parse_args(arguments)
