@@ -9,6 +9,7 @@ import torch
 
 from mask2former.build import build_model
 from mask2former.config import architecture_arguments
+from mask2former.data import catalog
 from mask2former.engine.config import get_config
 from mask2former.engine.defaults import is_ignored
 from mask2former.engine.yaml_files import read_yaml
@@ -58,6 +59,15 @@ def test_every_setting_is_the_published_one(row: dict[str, Any]) -> None:
     cfg = get_config(CONFIGS / row["config"])
     expected = {key: value for key, value in published_values(row).items() if not is_ignored(key)}
     assert {key: plain_value_of(cfg, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("task", PUBLISHED["tasks"])
+def test_data_sets_are_known_and_fit_the_model(task: str) -> None:
+    values = next(published_values(row) for row in ROWS if row["config"].startswith(f"{task}/"))
+    for name in values["DATASETS.TRAIN"] + values["DATASETS.TEST"]:
+        metadata = catalog.get(name).metadata
+        assert metadata.num_classes == values["MODEL.SEM_SEG_HEAD.NUM_CLASSES"]
+        assert metadata.ignore_label == values["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"]
 
 
 @per_config
