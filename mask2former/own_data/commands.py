@@ -1,14 +1,17 @@
 """``python -m mask2former data check|register|config``."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mask2former.own_data.arguments import add_source_arguments, sources_of
+from mask2former.own_data.check import check, compare
 from mask2former.own_data.quick_check import quick_check
 from mask2former.own_data.registration import CustomDataset
+from mask2former.own_data.report import report_dict, report_lines
 from mask2former.own_data.yaml_text import add_custom_datasets, yaml_lines
 
 Command = Callable[[argparse.Namespace], int]
@@ -22,7 +25,17 @@ def add_data_commands(commands: Any) -> None:
     """
     data = commands.add_parser("data", help="check your own data, and make them trainable; docs/custom_dataset.md")
     inner = data.add_subparsers(dest="data_command", required=True)
+    _add_check(inner)
     _add_register(inner)
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser("check", help="find every fault in your data; exit code 1 if there is one")
+    parser.add_argument("--forbid-overlaps", action="store_true", help="masks of objects must not share pixels")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all findings and counts as JSON too")
+    parser.add_argument("--processes", type=int, metavar="N", help="default: one for each processor")
+    add_source_arguments(parser)
+    parser.set_defaults(run=_told(run_check))
 
 
 def _add_register(commands: Any) -> None:
@@ -31,6 +44,21 @@ def _add_register(commands: Any) -> None:
     parser.add_argument("--add-to", metavar="FILE", type=Path, help="config to put the entry into; else it is printed")
     add_source_arguments(parser)
     parser.set_defaults(run=_told(register))
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Check the data, and print what was found."""
+    named = sources_of(args)
+    sets = [
+        check(source, name, forbids_overlaps=args.forbid_overlaps, processes=args.processes)
+        for name, source in (("training data", named.train), ("validation data", named.val))
+        if source is not None
+    ]
+    together = compare(*sets) if len(sets) == 2 else []
+    print("\n".join(report_lines(sets, together)))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report_dict(sets, together), indent=1), encoding="utf-8")
+    return int(any(finding.level == "fault" for part in sets for finding in part.findings + together))
 
 
 def register(args: argparse.Namespace) -> int:
