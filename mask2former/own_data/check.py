@@ -28,6 +28,7 @@ class CheckedSet:
         source: its files.
         categories: by contiguous id; empty if they could not be read.
         findings: faults, warnings and notes, with their lines.
+        images: number of images, whether they were looked at or not.
         scans: one for each image that was looked at.
     """
 
@@ -36,6 +37,7 @@ class CheckedSet:
     categories: tuple[Category, ...] = ()
     findings: list[Finding] = field(default_factory=list)
     scans: list[ImageScan] = field(default_factory=list)
+    images: int = 0
 
     @property
     def faults(self) -> list[Finding]:
@@ -91,7 +93,7 @@ def check(
     if checked.findings:
         return checked
     plan = _plan(source, forbids_overlaps)
-    checked.categories = plan.categories
+    checked.categories, checked.images = plan.categories, len(plan.jobs)
     jobs = plan.jobs if at_most is None else _spread(plan.jobs, at_most)
     checked.scans = list(_run(jobs, name, processes))
     found = [*plan.findings, *(finding for scan in checked.scans for finding in scan.findings)]
@@ -105,17 +107,26 @@ def check(
 
 def compare(train: CheckedSet, val: CheckedSet) -> list[Finding]:
     """What is wrong with two sets together: other classes, and images that are in both."""
-    found = []
-    classes = [[(c.name, c.is_thing) for c in part.categories] for part in (train, val)]
-    if all(classes) and classes[0] != classes[1]:
-        odd = [name for name, _ in (set(classes[0]) ^ set(classes[1]))] or "their order"
-        message = f"the classes of {train.name} and {val.name} must be the same in the same order; they differ in {odd}"
-        found.append(fault("classes-differ", val.name, message))
+    found = compare_classes([train, val])
     known = {scan.digest: scan.file for scan in train.scans if scan.digest is not None}
     for scan in val.scans:
         if scan.digest in known:
             message = f"this image is also in {train.name}, as {known[scan.digest]}"
             found.append(warning("image-in-both-sets", scan.file, message))
+    return found
+
+
+def compare_classes(sets: Sequence[CheckedSet]) -> list[Finding]:
+    """A fault if sets have other classes than the first, or in another order."""
+    found = []
+    classes = [[(c.name, c.is_thing) for c in part.categories] for part in sets]
+    for part, its in zip(sets[1:], classes[1:], strict=True):
+        if classes[0] and its and classes[0] != its:
+            odd = sorted({name for name, _ in set(classes[0]) ^ set(its)}) or "their order"
+            message = (
+                f"the classes of {sets[0].name} and {part.name} must be the same in the same order, but {odd} differ"
+            )
+            found.append(fault("classes-differ", part.name, message))
     return found
 
 
