@@ -4,10 +4,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _PLAIN = re.compile(r"(?:[A-Za-z_/]|\.{1,2}/|~/)[\w./~-]*(?: [\w./~-]+)*")
 _NOT_TEXT = {"true", "false", "yes", "no", "on", "off", "null", "none", "y", "n", "~"}
+
+
+class Noted(NamedTuple):
+    """A value with a comment behind it."""
+
+    value: Any
+    comment: str
 
 
 def yaml_lines(tree: Mapping[str, Any], indent: int = 0) -> list[str]:
@@ -15,7 +22,9 @@ def yaml_lines(tree: Mapping[str, Any], indent: int = 0) -> list[str]:
     lines = []
     for key, value in tree.items():
         start = f"{' ' * indent}{key}:"
-        if isinstance(value, Mapping):
+        if isinstance(value, Noted):
+            lines.append(f"{start} {scalar(value.value)}  # {value.comment}")
+        elif isinstance(value, Mapping):
             lines += [start, *yaml_lines(value, indent + 2)]
         elif isinstance(value, Sequence) and value and all(isinstance(item, Mapping) for item in value):
             lines.append(start)
