@@ -5,24 +5,29 @@ import logging
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from mask2former.build import build_model
 from mask2former.config import architecture_arguments
 from mask2former.data.catalog import UnknownDatasetError
 from mask2former.engine.checkpoints import CheckpointError, CheckpointFolder
 from mask2former.engine.config import get_config
-from mask2former.engine.evaluation import Results, evaluate, rank
+from mask2former.engine.evaluation import Results, evaluate, rank, world_size
 from mask2former.engine.processes import is_launched, launch, make_fabric, say
 from mask2former.engine.trainer import Trainer, TrainingInterrupted
 from mask2former.engine.weights import load_for_evaluation
 
 logger = logging.getLogger(__name__)
+
+# Where a process ends, the collectives of the others fail within milliseconds. These wait so many seconds, in which the
+# launcher, which looks each second, finds the one that ended first and ends them; its failure is the one to tell.
+_GRACE = 15.0
 
 # Errors that are for the user: their messages name key, rule and value. Others are shown with their traceback.
 _FOR_USERS = (ValueError, FileNotFoundError, UnknownDatasetError, CheckpointError, FloatingPointError)
@@ -74,14 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(error))
         return 1
     except ChildFailedError as error:
-        say(f"a process has failed, and the others were ended: {_first_line(error)}")
+        say(_account_of(error))
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
 
 
-@record
 def run_launched(words: Sequence[str]) -> None:
     """`run` as one of several processes, which tells the launcher of a failure by its exit code."""
     code = run(words)
@@ -106,6 +110,10 @@ def run(words: Sequence[str]) -> int:
         say(f"{type(error).__name__}: {error}")
         logger.debug("the error was raised here", exc_info=True)
         return 1
+    except RuntimeError:  # a lost connection is one, and has no type of its own
+        if world_size() > 1:
+            time.sleep(_GRACE)
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -160,6 +168,13 @@ def _log_to_console() -> None:
     package.setLevel(logging.INFO)
 
 
-def _first_line(error: ChildFailedError) -> str:
+def _account_of(error: ChildFailedError) -> str:
+    """Who failed, and how; the whole traceback stands above, in the launcher's log."""
     number, failure = error.get_first_failure()
-    return f"rank {number}, exit code {failure.exitcode}, process {failure.pid}"
+    end = f"failed with exit code {failure.exitcode}" if failure.exitcode > 0 else f"died of {failure.signal_name()}"
+    if failure.exitcode == -signal.SIGKILL:
+        end += ", which is what the system sends when memory runs out"
+    raised = failure.error_file_data["message"]  # a text if nothing was raised
+    if isinstance(raised, dict):
+        end += f", {raised['message']}"
+    return f"rank {number} (process {failure.pid}) {end}; the other processes were ended"

@@ -2,6 +2,7 @@
 
     LOSSES=file      each step appends "iteration loss" with all bits of the loss; other ranks to file.1, ...
     DIE=step:N       SIGKILL to itself after step N; step:N:rank for one rank only
+    DIE=raise:N:rank KeyError in one rank after step N
     DIE=write:N:K    SIGKILL after K bytes of the N-th checkpoint
     DIE=rename:N     SIGKILL between flushing and renaming the N-th checkpoint
     STEP_SECONDS=s   each step takes so much longer
@@ -49,6 +50,8 @@ def recorded(run):
                 file.write(f"{iteration} {sum(result.losses.values()).hex()}\n")
         if DEATH[:2] == ["step", str(iteration)] and DEATH[2:] in ([], [rank()]):
             die()
+        if ["raise", str(iteration), rank()] == DEATH:
+            raise KeyError("asked for by the test")
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         return result
 
