@@ -12,7 +12,7 @@ from mask2former.data import (
 )
 from mask2former.data.augmentations import LargeScaleJitter, ResizeCropColor, ResizeShortestEdge
 from mask2former.data.catalog import CatalogEntry, Category, DatasetMetadata
-from mask2former.data.images import read_image, read_label_map, read_panoptic_colors
+from mask2former.data.images import read_image, read_label_map, read_panoptic_colors, read_panoptic_ids
 from mask2former.data.mapper import MappedSample, SegmentationMapper
 from mask2former.data.records import (
     Record,
@@ -48,6 +48,7 @@ __all__ = [
     "read_image",
     "read_label_map",
     "read_panoptic_colors",
+    "read_panoptic_ids",
 ]
 
 for _datasets in (coco_datasets, ade20k_datasets, cityscapes_datasets, mapillary_datasets, lvis_datasets):

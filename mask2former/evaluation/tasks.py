@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from mask2former.data.catalog import Category, DatasetMetadata
-from mask2former.data.images import read_label_map, read_panoptic_colors
+from mask2former.data.images import read_label_map, read_panoptic_ids
 from mask2former.data.records import Record
-from mask2former.data.targets import panoptic_ids
 from mask2former.evaluation.average_precision import InstanceAP
 from mask2former.evaluation.boundary import DILATION_RATIO
 from mask2former.evaluation.cityscapes_ap import CityscapesAP
@@ -111,7 +110,7 @@ class PanopticTask(Task):
     def update(self, record: Record, result: Result) -> None:
         assert result.panoptic is not None
         ids = result.panoptic.ids.cpu().numpy()
-        target_ids = panoptic_ids(read_panoptic_colors(record["pan_seg_file_name"]))
+        target_ids = read_panoptic_ids(record["pan_seg_file_name"])
         for metric in self.metrics.values():
             metric.update(ids, result.panoptic.segments, target_ids, record["segments_info"])
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mask2former.data import read_image, read_label_map, read_panoptic_colors
+from mask2former.data import read_image, read_label_map, read_panoptic_colors, read_panoptic_ids
+from mask2former.data.targets import panoptic_ids
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -61,6 +62,19 @@ def test_palette(tmp_path, options):
     np.testing.assert_array_equal(read_image(path), table[GREY % 3])
     np.testing.assert_array_equal(read_label_map(path), GREY % 3)
     np.testing.assert_array_equal(read_panoptic_colors(path), table[GREY % 3])
+
+
+def test_segment_ids_of_every_mode(tmp_path):
+    palette = Image.fromarray(GREY % 3)
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    for image in (RGB, GREY, palette, np.dstack([RGB, GREY]), np.full((2, 3, 3), 255, np.uint8)):
+        path = saved(tmp_path, image)
+        ids = read_panoptic_ids(path)
+        np.testing.assert_array_equal(ids, panoptic_ids(read_panoptic_colors(path)))
+        assert ids.dtype == np.int32
+    assert ids.max() == 2**24 - 1
+    with pytest.raises(ValueError, match="8 bits a channel"):
+        read_panoptic_ids(saved(tmp_path, GREY.astype(np.uint16)))
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
