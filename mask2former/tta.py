@@ -9,10 +9,11 @@ How matches are averaged, and why:
 - Views of one size are joined first, the image with its mirror image, then every size with the one nearest to the
   test image. Nothing depends on which of the two is called the image, so that the result of a mirrored image is the
   mirrored result.
-- Class probabilities are averaged, "no object" included: what half of the views do not see gets half of the score.
-- Mask probabilities are averaged, not logits: a logit has no bound, and one sure view would outvote all others.
-- Each mask counts by its probability of being any object. A view that does not see an object gives one of its spare
-  queries to the match, whose mask means nothing.
+- Probabilities are averaged, of classes and of masks, not logits: a logit has no bound, and one sure view would outvote
+  all others.
+- Each query counts by its probability of being any object. A view that does not see an object gives one of its spare
+  queries to the match, which means nothing. In a plain mean its mask would blur the object's, and its "no object" would
+  push the score below thresholds that were chosen for plain predictions.
 """
 
 import math
@@ -166,15 +167,13 @@ class _Votes(NamedTuple):
     """What some views say of the same Q queries, added up, on a grid (h, w) over the upright image.
 
     Attributes:
-        views: their number.
-        classes: (Q, K + 1) class probabilities.
         weights: (Q,) probabilities of being any object.
+        classes: (Q, K + 1) class probabilities times these.
         masks: (Q, h, w) mask probabilities times these.
     """
 
-    views: int
-    classes: Tensor
     weights: Tensor
+    classes: Tensor
     masks: Tensor
 
 
@@ -210,8 +209,8 @@ class _QueryMean:
     def prediction(self, output_size: tuple[int, int]) -> tuple[MaskPrediction, MaskGeometry]:
         """The mean as a prediction of one image, and its way to the wanted size."""
         assert self.total is not None
-        views, classes, weights, masks = self.total
-        class_logits = (classes / views).clamp_min(_TINY**2).log()  # softmax gives the mean back
+        weights, classes, masks = self.total
+        class_logits = (classes / weights[:, None]).clamp_min(_TINY**2).log()  # softmax gives the mean back
         mask_logits = (masks / weights[:, None, None]).logit(_TINY)
         grid = (masks.shape[1], masks.shape[2])
         return MaskPrediction(class_logits, mask_logits), MaskGeometry(grid, grid, output_size)
@@ -221,7 +220,7 @@ def _votes(view: _View, grid: tuple[int, int]) -> _Votes:
     classes = view.prediction.class_logits.float().softmax(-1)  # (Q, K + 1)
     weights = (1 - classes[:, -1]).clamp_min(_TINY)  # (Q,)
     masks = _upright_masks(view, grid).sigmoid_().mul_(weights[:, None, None])
-    return _Votes(1, classes, weights, masks)
+    return _Votes(weights, classes * weights[:, None], masks)
 
 
 def _upright_masks(view: _View, grid: tuple[int, int]) -> Tensor:
@@ -242,9 +241,8 @@ def _joined(total: _Votes, other: _Votes, reference: _Votes) -> _Votes:
     """
     order = _match(reference, other)
     return _Votes(
-        total.views + other.views,
-        total.classes + other.classes[order],
         total.weights + other.weights[order],
+        total.classes + other.classes[order],
         total.masks.add_(other.masks[order]),
     )
 
@@ -255,7 +253,8 @@ def _match(a: _Votes, b: _Votes) -> Tensor:
     Both are in [0, 1] and 1 for equal ones: of classes the Bhattacharyya coefficient, of masks the dice coefficient of
     probabilities (with squares in the denominator).
     """
-    classes = (a.classes / a.views).sqrt() @ (b.classes / b.views).sqrt().t()  # (Q, Q)
+    classes_a, classes_b = a.classes / a.weights[:, None], b.classes / b.weights[:, None]  # (Q, K + 1)
+    classes = classes_a.sqrt() @ classes_b.sqrt().t()  # (Q, Q)
     flat_a, flat_b = a.masks.flatten(1), b.masks.flatten(1)  # (Q, h * w)
     inner = flat_a @ flat_b.t() / (a.weights[:, None] * b.weights)  # (Q, Q)
     norms_a, norms_b = flat_a.norm(dim=1) / a.weights, flat_b.norm(dim=1) / b.weights  # (Q,)
