@@ -1,4 +1,4 @@
-"""Test-time augmentation with Detectron2: the published class, the trainer, and the same numbers as the other engine."""
+"""Test-time augmentation with Detectron2: the published class, the trainer, the same numbers as the other engine."""
 
 import json
 from pathlib import Path
