@@ -19,6 +19,7 @@ from mask2former.d2.data import (
 )
 from mask2former.data import catalog
 from mask2former.data.catalog import CatalogEntry, Category, DatasetMetadata
+from tests import miniatures
 
 
 def test_registration_mirrors_the_catalog_and_leaves_other_metadata_alone():
@@ -181,6 +182,42 @@ def test_another_seed_gives_other_samples(tiny_cfg):
     second = take(build_train_loader(tiny_cfg), 2)
     pairs = zip(first[0] + first[1], second[0] + second[1], strict=True)
     assert not all(samples_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("family", "mapper", "write", "num_classes"),
+    [
+        ("cityscapes_fine_instance_seg", "mask_former_instance", miniatures.cityscapes, 8),
+        ("cityscapes_fine_panoptic", "mask_former_panoptic", miniatures.cityscapes, 19),
+        ("cityscapes_fine_sem_seg", "mask_former_semantic", miniatures.cityscapes, 19),
+        ("ade20k_sem_seg", "mask_former_semantic", miniatures.ade20k_prepared, 150),
+        ("ade20k_panoptic", "mask_former_panoptic", miniatures.ade20k_prepared, 150),
+        ("lvis_v1", "coco_instance_lsj", miniatures.lvis, 1203),
+    ],
+)
+def test_both_loaders_work_with_names_of_detectron2_and_others(
+    tiny_cfg, tmp_path, monkeypatch, family, mapper, write, num_classes
+):
+    scenes = write(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    tiny_cfg.merge_from_list([
+        "DATASETS.TRAIN", f"('{family}_train',)", "DATASETS.TEST", f"('{family}_val',)",
+        "INPUT.DATASET_MAPPER_NAME", mapper, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", num_classes,
+        "INPUT.MIN_SIZE_TRAIN", "(48,)", "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", "(64, 64)",
+        "INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0,
+    ])  # fmt: skip
+    expected = {"mask_former_panoptic": [r for r in scenes["train"][0].regions if not r.is_crowd],
+                "mask_former_semantic": list(scenes["train"][0].labels)}  # fmt: skip
+    for sample in take(build_train_loader(tiny_cfg), 1)[0]:
+        instances = sample["instances"]
+        assert len(instances) == len(expected.get(mapper, scenes["train"][0].objects))
+        assert instances.gt_masks.tensor.flatten(1).any(dim=1).all()
+        assert 0 <= instances.gt_classes.min() <= instances.gt_classes.max() < num_classes
+    tests = take(build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]), 2)
+    names = {"cityscapes": "instance_ids_file_name", "lvis_v1": "neg_category_ids", "ade20k": "sem_seg_file_name"}
+    key = next(key for start, key in names.items() if family.startswith(start))
+    assert all(key in sample and "annotations" not in sample for batch in tests for sample in batch)
+    assert [batch[0]["height"] for batch in tests] == [scene.size[0] for scene in scenes["val"]]
 
 
 def test_mapper_works_in_detectron2s_own_loader(tiny_cfg):
