@@ -206,7 +206,7 @@ def _require_replaceable(path: Path, overwrite: bool) -> None:
 def _same_pixels(there: bytes, data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(there)) as old, Image.open(io.BytesIO(data)) as new:
-            return old.mode == new.mode and np.array_equal(np.asarray(old), np.asarray(new))
+            return np.array_equal(np.asarray(old), np.asarray(new))
     except images.READ_ERRORS:  # what is there is damaged
         return False
 

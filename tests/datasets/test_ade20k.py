@@ -167,15 +167,15 @@ def test_wrong_instances_are_named(tmp_path, capsys, name, place, classes, numbe
     root = miniatures.ade20k(tmp_path)
     pixels = miniatures.ade_instances()
     pixels[place] = classes, number, 0
-    file = root / "annotations_instance/validation/ADE_val_00000001.png"
+    file = root / "annotations_instance/training/ADE_train_00000001.png"
     save(file, pixels)
     assert prepare(name, tmp_path) == 1
     errors = capsys.readouterr().err
     assert f"fault: {file}: {message}\n" in errors
     kind = "panoptic" if "pan" in name else "instance"
-    assert f"{root}/ade20k_{kind}_val.json is not written because of these faults" in errors
-    assert not (root / f"ade20k_{kind}_val.json").exists()
-    assert (root / f"ade20k_{kind}_train.json").exists()
+    assert f"{root}/ade20k_{kind}_train.json is not written because of these faults" in errors
+    assert not (root / f"ade20k_{kind}_train.json").exists()
+    assert (root / f"ade20k_{kind}_val.json").exists()
 
 
 def test_instances_of_another_size_are_named(tmp_path, capsys):

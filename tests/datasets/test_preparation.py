@@ -141,6 +141,8 @@ def test_equal_pixels_of_another_encoder_are_kept(tmp_path, capsys):
     prepare("prepare_ade20k_ins_seg", tmp_path)
     file = root / "annotations_detectron2/training/ADE_train_00000001.png"
     save(file, pixels_of(file)[0], compress_level=0)
+    other = root / "annotations_detectron2/training/ADE_train_00000002.png"
+    save(other, pixels_of(other)[0].astype(np.uint16))
     json_file = root / "ade20k_instance_val.json"
     json_file.write_text(json.dumps(json.loads(json_file.read_text()), indent=4))
     before = snapshot(root)
