@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from tests.own_data.changes import annotation, edit, levels, parts_of, polygon, 
 from tests.own_data.small import CATEGORIES, KINDS, NAMES
 from tests.own_data.test_commands import flags
 
-SAMPLE = Path(__file__).parents[2] / "datasets/sample"
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "datasets/sample"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,3 +260,17 @@ def test_real_data_have_no_fault(name, split):
     checked = check(REAL[name](root, split))
     assert checked.faults == []
     assert len(checked.scans) > 0
+
+
+# ---- the document
+
+
+def test_the_document_lists_every_code_under_its_level():
+    """Codes are looked up in the sources, so that none is forgotten."""
+    folder = ROOT / "mask2former/own_data"
+    sources = [*(folder / "checks").glob("*.py"), folder / "check.py"]
+    used = {code for file in sources for code in re.findall(r'"([a-z]+(?:-[a-z]+)+)"', file.read_text("utf-8"))}
+    text = (ROOT / "docs/custom_dataset.md").read_text("utf-8")
+    cells = re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \|", text, re.M)
+    listed = {code for cell in cells for code in re.findall(r"`([a-z]+(?:-[a-z]+)+)`", cell)}
+    assert used == listed

@@ -48,6 +48,11 @@ INSTANCE = {
         "bad-image-size",
         "height 0",
     ),
+    "file name": (
+        lambda r: edit(r / "instances.json", lambda c: c["images"][1].update(file_name=5)),
+        "bad-image-row",
+        "got 2 and 5",
+    ),
     "annotation id twice": (lambda r: annotation(r, id=1), "duplicate-annotation-id", "id 1 is given to entry 2 too"),
     "unknown image": (lambda r: annotation(r, image_id=77), "unknown-image", "is of image 77"),
     "unknown category": (
@@ -276,6 +281,7 @@ def test_a_planted_fault_is_found_and_named(kind, plant, code, message, tmp_path
 ALSO = {
     "json-structure": {"unknown-image"},
     "bad-image-size": {"unknown-image"},
+    "bad-image-row": {"unknown-image"},
     "no-categories": {"unknown-category"},
     "segment-not-in-png": {"segment-not-in-json"},
     "unknown-category": {"duplicate-mask"},
