@@ -18,7 +18,8 @@ from mask2former.weight_files import read_weights
 logger = logging.getLogger(__name__)
 
 _TAG = "last_checkpoint"
-_TEMPORARY = ".*.tmp"
+_PROBE = "writable"  # written and removed, to see that the folder can be written to
+_TEMPORARY = ".*.tmp"  # how `atomic_file` ends the name of a file that is not finished; it begins with a dot
 
 
 class CheckpointError(OSError):
@@ -39,17 +40,26 @@ class CheckpointFolder:
         self.kept = kept
 
     def prepare(self) -> None:
-        """Make the folder, see that it can be written to, and remove what a killed program has left unfinished.
+        """`check_writable`, and remove what a killed program has left unfinished.
 
         Raises:
-            ConfigError: if it cannot be written to.
+            ConfigError: if the folder cannot be written to.
+        """
+        self.check_writable()
+        for name in ("*.pth", _TAG, _PROBE):
+            for leftover in self.folder.glob(f".{name}{_TEMPORARY}"):
+                leftover.unlink(missing_ok=True)
+
+    def check_writable(self) -> None:
+        """Make the folder, and see that it can be written to.
+
+        Raises:
+            ConfigError: if it cannot.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f".*.pth{_TEMPORARY}"):
-                leftover.unlink()
-            write_atomically(self.folder / ".writable", b"")
-            (self.folder / ".writable").unlink()
+            write_atomically(self.folder / _PROBE, b"")
+            (self.folder / _PROBE).unlink(missing_ok=True)
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(
@@ -85,10 +95,10 @@ class CheckpointFolder:
         Raises:
             CheckpointError: if ``last_checkpoint`` names a file that is not there.
         """
-        tag = self.folder / _TAG
-        if not tag.exists():
+        tag, name = self.folder / _TAG, self._name_of_last()
+        if name is None:
             return None
-        path = self.folder / tag.read_text("utf-8").strip()
+        path = self.folder / name
         if not path.is_file():
             raise CheckpointError(
                 f"{tag} names {path.name}, which is not in the folder; write the name of another checkpoint into it, "
@@ -114,15 +124,17 @@ class CheckpointFolder:
         if self.kept is None:
             return
         periodic = sorted(self.folder.glob("model_[0-9]*.pth"))
-        tag = self.folder / _TAG
-        named = tag.read_text("utf-8").strip() if tag.exists() else ""
         for old in periodic[: -self.kept]:
-            if old.name != named:
-                old.unlink()
+            if old.name != self._name_of_last():
+                old.unlink(missing_ok=True)
+
+    def _name_of_last(self) -> str | None:
+        tag = self.folder / _TAG
+        return tag.read_text("utf-8").strip() if tag.exists() else None
 
     def _failure(self, path: Path, error: Exception) -> str:
-        last = self.last()
-        rest = f"the last checkpoint is {last.name}" if last else "there is no checkpoint yet"
+        last = self._name_of_last()
+        rest = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         return f"{path} could not be written: {_reason(error)}; {rest}, and --resume goes on from it when there is room"
 
 

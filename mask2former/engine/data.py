@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -118,7 +118,13 @@ def build_test_loader(cfg: Any, records: Sequence[Record], *, rank: int = 0, wor
     read = TestImage(image_format=image_format, **config.test_resize_arguments(cfg))
     start, end = (len(records) * r // world_size for r in (rank, rank + 1))
     dataset = _TestDataset(records[start:end], read)
-    return DataLoader(dataset, batch_size=None, num_workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=_as_they_are)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_they_are,
+        worker_init_fn=_leave_interrupts_to_the_trainer,
+    )
 
 
 class _TestDataset(Dataset[TestSample]):
@@ -133,14 +139,11 @@ class _TestDataset(Dataset[TestSample]):
         record = self.records[index]
         return TestSample({k: v for k, v in record.items() if k != "annotations"}, *self.read(record))
 
-    def __iter__(self) -> Iterator[TestSample]:
-        return (self[index] for index in range(len(self)))
-
 
 def _as_they_are(samples: Any) -> Any:
     return samples
 
 
 def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches the workers too; they must not end before the trainer has saved."""
+    """Ctrl-C reaches the workers too; they must not end before the trainer has saved, and it ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

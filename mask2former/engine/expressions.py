@@ -39,7 +39,7 @@ def evaluate(text: str) -> Any:
         value = _Evaluation().value(tree.body, {})
     except (SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ExpressionError(f"{text!r} cannot be computed: {error}") from error
-    return list(value) if isinstance(value, range) else value
+    return _listed(value) if isinstance(value, range) else value
 
 
 class _Evaluation:
@@ -93,6 +93,12 @@ class _Evaluation:
             if self.steps > _MAX_STEPS:
                 raise ExpressionError(f"the loops of an expression may take {_MAX_STEPS} steps, not more")
             yield from self._loops(others, {**names, first.target.id: item})
+
+
+def _listed(values: range) -> list[int]:
+    if len(values) > _MAX_STEPS:
+        raise ExpressionError(f"a range may have {_MAX_STEPS} numbers, got {values!r}")
+    return list(values)
 
 
 def _number(value: Any) -> Any:

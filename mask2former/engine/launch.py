@@ -2,22 +2,26 @@
 
 import argparse
 import logging
+import os
 import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from mask2former.build import build_model
 from mask2former.config import architecture_arguments
 from mask2former.data.catalog import UnknownDatasetError
-from mask2former.engine.checkpoints import CheckpointError, CheckpointFolder
-from mask2former.engine.config import get_config
+from mask2former.engine.checkpoints import CheckpointFolder
+from mask2former.engine.config import ConfigError, get_config
 from mask2former.engine.evaluation import Results, evaluate, rank, world_size
 from mask2former.engine.processes import is_launched, launch, make_fabric, say
 from mask2former.engine.trainer import Trainer, TrainingInterrupted
@@ -29,8 +33,8 @@ logger = logging.getLogger(__name__)
 # launcher, which looks each second, finds the one that ended first and ends them; its failure is the one to tell.
 _GRACE = 15.0
 
-# Errors that are for the user: their messages name key, rule and value. Others are shown with their traceback.
-_FOR_USERS = (ValueError, FileNotFoundError, UnknownDatasetError, CheckpointError, FloatingPointError)
+# Errors that can be for the user, see `_is_for_users`.
+_TOLD = (ValueError, OSError, UnknownDatasetError, FloatingPointError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,10 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             machine=args.machine_rank,
             url=args.dist_url,
         )
-    except _FOR_USERS as error:
+    except ConfigError as error:
         say(str(error))
         return 1
+    except (RendezvousError, DistError) as error:
+        say(f"--dist-url: the processes did not find each other at {args.dist_url}: {error}")
+        return 1
     except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # rank 0 has said how to go on
+            return code
         say(_account_of(error))
         return 1
     except SignalException as error:
@@ -99,6 +109,7 @@ def run(words: Sequence[str]) -> int:
     try:
         train_or_evaluate(get_config(args.config_file, args.opts), resume=args.resume, eval_only=args.eval_only)
     except TrainingInterrupted as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the same one may come again, passed on by the launcher
         if rank() == 0:
             command = words if args.resume else ["--resume", *words]
             say(f"{error}\nto go on: python train_net.py {shlex.join(command)}")
@@ -106,9 +117,10 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("ended at once; --resume goes on from the last checkpoint")
         return 128 + signal.SIGINT
-    except _FOR_USERS as error:
+    except _TOLD as error:
+        if sys.flags.dev_mode or not _is_for_users(error):
+            raise
         say(f"{type(error).__name__}: {error}")
-        logger.debug("the error was raised here", exc_info=True)
         return 1
     except RuntimeError:  # a lost connection is one, and has no type of its own
         if world_size() > 1:
@@ -138,6 +150,8 @@ def _evaluate_only(cfg: Any, *, resume: bool) -> Results | None:
     architecture = architecture_arguments(cfg)
     fabric = make_fabric(cfg)
     folder = CheckpointFolder(cfg.OUTPUT_DIR)
+    if rank() == 0:
+        folder.check_writable()
     last = folder.last() if resume else None
     model = build_model(architecture)
     load_for_evaluation(model, str(last) if last else cfg.MODEL.WEIGHTS)
@@ -148,6 +162,10 @@ def _configure(cfg: Any) -> None:
     """Settings of the process: messages, and how exact and fast PyTorch computes."""
     _log_to_console()
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.FLOAT32_PRECISION not in ("", "highest", "high", "medium"):
+        raise ConfigError(
+            f"FLOAT32_PRECISION must be '', 'highest', 'high' or 'medium', got {cfg.FLOAT32_PRECISION!r}"
+        )
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
 
@@ -165,7 +183,19 @@ def _log_to_console() -> None:
         handler = _Console()
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S"))
         package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def _is_for_users(error: BaseException) -> bool:
+    """Whether the message tells all.
+
+    It does for the system's errors, and for what this package raises, also in a worker of a loader: PyTorch raises
+    that again, with the worker's traceback in the message. A ValueError from elsewhere is a fault of a program.
+    """
+    if isinstance(error, OSError):
+        return True
+    places = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return places[-1] == "torch._utils" or places[-1].partition(".")[0] == "mask2former"
 
 
 def _account_of(error: ChildFailedError) -> str:

@@ -21,6 +21,7 @@ from mask2former.engine.yaml_files import ConfigError
 # How long a process waits for the others, as in Detectron2. Those of a process that ended do not wait: the launcher
 # ends them within seconds.
 _TIMEOUT = timedelta(minutes=30)
+_SECONDS_TO_SAVE = 120  # that the launcher leaves the processes after Ctrl-C; PyTorch's 30 are few for a large model
 
 
 def is_launched() -> bool:
@@ -51,6 +52,7 @@ def launch(
     address = urlparse("tcp://127.0.0.1:0" if url == "auto" else url)
     if address.scheme != "tcp" or not address.hostname or address.port is None:
         raise ConfigError(f"--dist-url must be tcp://HOST:PORT or auto, got {url!r}")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SECONDS_TO_SAVE))  # older PyTorch does not read it
     is_alone = machines == 1 and url == "auto"
     settings = LaunchConfig(
         min_nodes=machines,
@@ -75,9 +77,9 @@ def make_fabric(cfg: Any) -> Fabric:
     """
     device = cfg.MODEL.DEVICE
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
-    _check_device(device, local)
-    _check_norm(cfg, local)
     world = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+    _check_device(device, local)
+    _check_norm(cfg, world)
     if device == "cpu" and local > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))  # or each would take all cores
     is_distributed = world > 1

@@ -67,22 +67,23 @@ class TrainingLog:
         if (iteration + 1) % _WINDOW == 0 or iteration + 1 == self._max_iter:
             self._write_line(iteration)
 
+    def skip(self) -> None:
+        """An iteration has changed nothing: its numbers do not count."""
+        self._bar.update()
+        self.leave_out()
+
     def results(self, iteration: int, numbers: Mapping[str, float]) -> None:
         """Take the results of an evaluation, which does not count as time of an iteration."""
         self._write(iteration, numbers)
-        self._last_end = time.perf_counter()
+        self.leave_out()
 
     def picture(self, iteration: int, name: str, pixels: NDArray[np.uint8]) -> None:
         """Take a drawing, (H, W, 3) uint8."""
         if self._board is not None:
             self._board.add_image(name, pixels, iteration, dataformats="HWC")
 
-    def pause(self) -> None:
-        """Time from now on to the next `resume` belongs to no iteration."""
-        self._bar.clear()
-
-    def resume(self) -> None:
-        """See `pause`."""
+    def leave_out(self) -> None:
+        """The time since the last step belongs to no iteration, as that of writing a checkpoint."""
         self._last_end = time.perf_counter()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +34,7 @@ from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
 
+_BEST = "model_best"
 _SAME_PRESS = 3.0  # seconds in which a second signal is the first one, passed on by the launcher
 
 
@@ -91,10 +93,11 @@ class Trainer:
         self.ema = _average(self.model, self.settings["ema_decay"])
         self.start = 0
         self.max_iter: int = cfg.SOLVER.MAX_ITER
-        self.best: tuple[str, float] | None = None
+        self.best: tuple[str, float] | None = None  # name and value, in the first process
         self.last_results: Results | None = None
         self._on_step = on_step
         self._signal: tuple[int, float] | None = None
+        self._saved_as: str | None = None  # while nothing would be lost: the checkpoint that has everything
 
     @property
     def evaluated_model(self) -> Mask2Former:
@@ -105,10 +108,12 @@ class Trainer:
         """Load the last checkpoint of the output folder if that is wanted and there is one, or else MODEL.WEIGHTS.
 
         Raises:
-            ConfigError: if the weights cannot be loaded, or the checkpoint is of another model.
+            ConfigError: if the weights cannot be loaded, the checkpoint is of another model, or the processes do not
+                see the same one.
             CheckpointError: if the checkpoint cannot be read.
         """
         last = self.folder.last() if resume else None
+        self._check_that_all_see(last)
         if last is not None:
             self._load_state(self.folder.load(last), last)
             logger.info("Resuming %s at iteration %d", last, self.start)
@@ -137,16 +142,25 @@ class Trainer:
             start_batch=self.start,
         )
         log = self._open_log() if self.is_main else None
-        try:
-            with self._signals():
+        with self._signals():
+            try:
                 if self.start >= self.max_iter:
-                    self._evaluate(self.max_iter - 1, log)
+                    self._evaluate(self.max_iter - 1, _name_of(self.max_iter - 1, self.max_iter), log)
                 else:
                     self._loop(iter(loader), log)
-        finally:
-            if log is not None:
-                log.close()
+            finally:
+                if log is not None:
+                    log.close()
         return self.last_results
+
+    def _check_that_all_see(self, last: Path | None) -> None:
+        own = last.name if last else None
+        first = self.fabric.broadcast(own)
+        if own != first:
+            raise ConfigError(
+                f"OUTPUT_DIR must be one folder that all machines share, got {self.cfg.OUTPUT_DIR!r}: the last "
+                f"checkpoint is {own} for process {self.fabric.global_rank} and {first} for process 0"
+            )
 
     def _loop(self, batches: Iterator[Any], log: TrainingLog | None) -> None:
         self.model.train()
@@ -157,8 +171,8 @@ class Trainer:
             result = self.step.run(batch, iteration, seed=self.seed, stop=self._signal is not None)
             if self.ema is not None and not result.skipped:
                 self.ema.update_parameters(self.model)
-            if log is not None and not result.skipped:
-                log.step(iteration, self._numbers(result, data_time))
+            if log is not None:
+                log.skip() if result.skipped else log.step(iteration, self._numbers(result, data_time))
             self.scheduler.step()
             if self._on_step is not None:
                 self._on_step(iteration, result)
@@ -166,17 +180,18 @@ class Trainer:
 
     def _after_step(self, iteration: int, result: StepResult, log: TrainingLog | None) -> None:
         is_last = iteration + 1 == self.max_iter
-        is_saved = is_last or _is_due(iteration, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        name = "model_final" if is_last else f"model_{iteration:07d}"
-        if self.is_main and (is_saved or result.stops):
+        evaluates = bool(self.cfg.DATASETS.TEST) and (is_last or _is_due(iteration, self.cfg.TEST.EVAL_PERIOD))
+        is_saved = is_last or evaluates or result.stops or _is_due(iteration, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        name = _name_of(iteration, self.max_iter)
+        if is_saved and self.is_main:
             self.folder.save(name, self.state(iteration))
-        if result.stops and not is_last:
-            signum = self._signal[0] if self._signal else signal.SIGINT
-            raise TrainingInterrupted(signum, f"{name}.pth")
-        if is_last or _is_due(iteration, self.cfg.TEST.EVAL_PERIOD):
-            self._evaluate(iteration, log)
-        elif is_saved and log is not None:
-            log.resume()
+            if log is not None:
+                log.leave_out()
+        if result.stops and (evaluates or not is_last):
+            self.fabric.barrier()  # a process that ends makes the launcher end the others, and the first may be saving
+            raise self._interruption(name)
+        if evaluates:
+            self._evaluate(iteration, name, log)
 
     def _numbers(self, result: StepResult, data_time: float) -> dict[str, float]:
         groups = self.step.optimizer.param_groups
@@ -188,26 +203,32 @@ class Trainer:
             "memory_mb": training.peak_memory_mb(self.fabric.device.type),
         }
 
-    def _evaluate(self, iteration: int, log: TrainingLog | None) -> None:
+    def _evaluate(self, iteration: int, saved_as: str, log: TrainingLog | None) -> None:
+        """Evaluate; a signal ends that at once, for everything is in a checkpoint."""
         entries = dataset_entries(self.cfg, "DATASETS.TEST")
         if not entries:
             return
         watch = None
         if log is not None:
             folder = self.folder.folder / "predictions" / f"{iteration:07d}"
-            show = lambda name, pixels: log.picture(iteration, name, pixels)  # noqa: E731
-            watch = SamplePictures(folder, entries[0].metadata.categories, show)
+            watch = SamplePictures(folder, entries[0].metadata.categories, partial(log.picture, iteration))
+        self._saved_as = saved_as
+        if self._signal is not None:  # came after the processes had agreed to go on
+            raise self._interruption(saved_as)
         is_last = iteration + 1 == self.max_iter
         self.last_results = evaluate(self.cfg, self.evaluated_model, watch=watch, with_tta=is_last)
-        if self.last_results is None or log is None:
-            return
-        log.results(iteration, flat(self.last_results))
-        found = main_metric(self.last_results)
+        self._saved_as = None
+        if self.last_results is not None and log is not None:
+            self._keep_results(iteration, self.last_results, log)
+
+    def _keep_results(self, iteration: int, results: Results, log: TrainingLog) -> None:
+        found = main_metric(results)
         if found is not None and (self.best is None or found[0] != self.best[0] or found[1] > self.best[1]):
             self.best = found
             own = {"metric": list(found), "categories": class_names(self.cfg)}
             state = {"model": self.evaluated_model.state_dict(), "iteration": iteration, OWN_ENTRY: own}
-            self.folder.save("model_best", state, is_last=False)
+            self.folder.save(_BEST, state, is_last=False)
+        log.results(iteration, flat(results))
 
     def state(self, iteration: int) -> dict[str, Any]:
         """Everything that a training needs to go on after an iteration, in the layout of Detectron2's trainer."""
@@ -216,11 +237,7 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "grad_scaler": {} if self.step.scaler is None else self.step.scaler.state_dict(),
         }
-        own: dict[str, Any] = {
-            "seed": self.seed,
-            "best": None if self.best is None else list(self.best),
-            "categories": class_names(self.cfg),
-        }
+        own: dict[str, Any] = {"seed": self.seed, "categories": class_names(self.cfg)}
         if self.ema is not None:
             own["ema"] = {"model": self.ema.module.state_dict(), "steps": int(self.ema.n_averaged)}
         return {
@@ -256,11 +273,17 @@ class Trainer:
         self.start = trainer["iteration"] + 1
         if self.cfg.SEED < 0:
             self.seed = own.get("seed", self.seed)
-        self.best = tuple(own["best"]) if own.get("best") else None
+        self.best = self._best_so_far() if self.is_main else None
         self.ema = _average(self.model, self.settings["ema_decay"])
         if self.ema is not None and "ema" in own:
             load_weights(self.ema.module, own["ema"])
             self.ema.n_averaged.fill_(own["ema"]["steps"])
+
+    def _best_so_far(self) -> tuple[str, float] | None:
+        """From the file itself, which is newer than the last checkpoint if the training ended in between."""
+        path = self.folder.folder / f"{_BEST}.pth"
+        metric = self.folder.load(path).get(OWN_ENTRY, {}).get("metric") if path.exists() else None
+        return None if metric is None else (metric[0], metric[1])
 
     def _open_log(self) -> TrainingLog:
         (self.folder.folder / "config.yaml").write_text(self.cfg.dump(), encoding="utf-8")
@@ -274,13 +297,15 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the training after the step; a second one ends it at once."""
+        """SIGINT and SIGTERM end the training after the step, or an evaluation; a second one ends it at once."""
 
         def note(signum: int, frame: FrameType | None) -> None:
-            if self._signal is not None and time.monotonic() - self._signal[1] > _SAME_PRESS:
-                raise KeyboardInterrupt
             if self._signal is None:
                 self._signal = (signum, time.monotonic())
+                if self._saved_as is not None:
+                    raise self._interruption(self._saved_as)
+            elif time.monotonic() - self._signal[1] > _SAME_PRESS:
+                raise KeyboardInterrupt
 
         old = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -288,6 +313,14 @@ class Trainer:
         finally:
             for signum, handler in old.items():
                 signal.signal(signum, handler)
+
+    def _interruption(self, saved_as: str) -> TrainingInterrupted:
+        signum = self._signal[0] if self._signal else signal.SIGINT  # or another process got it
+        return TrainingInterrupted(signum, f"{saved_as}.pth")
+
+
+def _name_of(iteration: int, max_iter: int) -> str:
+    return "model_final" if iteration + 1 == max_iter else f"model_{iteration:07d}"
 
 
 def _average(model: Mask2Former, decay: float | None) -> Any:

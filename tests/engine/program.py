@@ -3,9 +3,10 @@
     LOSSES=file      each step appends "iteration loss" with all bits of the loss; other ranks to file.1, ...
     DIE=step:N       SIGKILL to itself after step N; step:N:rank for one rank only
     DIE=raise:N:rank KeyError in one rank after step N
+    DIE=stop:N:rank  SIGTERM to one rank after step N
     DIE=write:N:K    SIGKILL after K bytes of the N-th checkpoint
     DIE=rename:N     SIGKILL between flushing and renaming the N-th checkpoint
-    STEP_SECONDS=s   each step takes so much longer
+    STEP_SECONDS=s   each step takes so much longer; SAVE_SECONDS, IMAGE_SECONDS: each checkpoint, each test image
 """
 
 import os
@@ -19,7 +20,7 @@ import torch
 
 from mask2former.data import catalog
 from mask2former.data.coco_datasets import CocoSplit, sample_root
-from mask2former.engine import checkpoints, launch
+from mask2former.engine import checkpoints, evaluation, launch
 from mask2former.engine.step import TrainingStep
 
 for split in ("train", "val"):
@@ -52,6 +53,8 @@ def recorded(run):
             die()
         if ["raise", str(iteration), rank()] == DEATH:
             raise KeyError("asked for by the test")
+        if ["stop", str(iteration), rank()] == DEATH:
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
         return result
 
@@ -82,6 +85,7 @@ save = torch.save
 def counted_save(content, file):
     global COUNT
     COUNT += 1
+    time.sleep(float(os.environ.get("SAVE_SECONDS", "0")))
     if DEATH[:2] == ["write", str(COUNT)]:
         save(content, DyingFile(file, int(DEATH[2])))
     save(content, file)
@@ -90,7 +94,16 @@ def counted_save(content, file):
         die()
 
 
+def slow(predict):
+    def predict_slowly(*arguments):
+        time.sleep(float(os.environ.get("IMAGE_SECONDS", "0")))
+        return predict(*arguments)
+
+    return predict_slowly
+
+
 TrainingStep.run = recorded(TrainingStep.run)
+evaluation.predict = slow(evaluation.predict)
 checkpoints.torch.save = counted_save
 
 if __name__ == "__main__":

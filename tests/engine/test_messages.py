@@ -1,5 +1,6 @@
 """Mistakes and failures end with a message that names key, rule and value, and lose nothing that was saved."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ def message(tiny, capsys, *flags, **changes):
         ({"INPUT__DATASET_MAPPER_NAME": "mask_former_typo"}, ["INPUT.DATASET_MAPPER_NAME", "mask_former_typo"]),
         ({f"MODEL__MASK_FORMER__TEST__{t}_ON": False for t in TASKS}, ["four_val_panoptic", "switches none on"]),
         ({"OUTPUT_DIR": "/proc/no/such"}, ["OUTPUT_DIR", "/proc/no/such"]),
+        ({"FLOAT32_PRECISION": "best"}, ["FLOAT32_PRECISION", "'highest', 'high' or 'medium'", "'best'"]),
     ],
 )  # fmt: skip
 def test_settings(tiny, capsys, changes, parts):
@@ -167,6 +169,35 @@ def test_a_read_only_folder(tiny, capsys, small_disk):
     text = message(tiny, capsys, OUTPUT_DIR=small_disk / "output")
     assert "OUTPUT_DIR must be a folder that can be written to" in text
     assert "Read-only file system" in text
+
+
+def test_evaluation_into_a_folder_that_cannot_be_written_to_is_refused_before_it_starts(tiny, capsys):
+    text = message(tiny, capsys, "--eval-only", MODEL__WEIGHTS="x.pth", OUTPUT_DIR="/proc/no/such")
+    assert "OUTPUT_DIR must be a folder that can be written to" in text
+
+
+def test_evaluation_leaves_what_a_training_is_writing(tiny, capsys):
+    unfinished = tiny.folder / "output/.model_final.pth.1234abcd.tmp"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"half")
+    assert "no_such_file.pth" in message(tiny, capsys, "--eval-only", MODEL__WEIGHTS="no_such_file.pth")
+    assert unfinished.exists()
+
+
+def test_results_that_cannot_be_written_are_told(tiny, capsys):
+    """The system's reason and the file; the checkpoint of the same iteration is there."""
+    (tiny.folder / "output/inference/results.json").mkdir(parents=True)
+    text = message(tiny, capsys)
+    assert "Is a directory" in text
+    assert "inference/results.json" in text
+    assert (tiny.folder / "output/model_final.pth").exists()
+
+
+def test_a_fault_of_the_program_has_its_traceback(tiny, capsys, monkeypatch):
+    """A ValueError from elsewhere does not say what the user should do."""
+    monkeypatch.setattr("mask2former.engine.launch.Trainer", lambda cfg: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        message(tiny, capsys)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

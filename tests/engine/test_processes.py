@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,8 +10,11 @@ import time
 import pytest
 import torch
 
-from mask2former.engine.processes import launch
+from mask2former.engine.launch import main
+from mask2former.engine.processes import launch, make_fabric
 from mask2former.engine.yaml_files import ConfigError
+
+from .conftest import PROGRAM, SMOKE
 
 ITERATIONS = {"SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 0, "DATASETS__TEST": "()"}
 
@@ -36,16 +40,10 @@ def test_two_processes_train_evaluate_and_resume(tiny):
 def test_torchrun_gives_the_same(tiny, make_tiny):
     own = tiny.run("--num-gpus", "2", **ITERATIONS)
     assert own.code == 0, own.text
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tiny_program())
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM)
     other = make_tiny().run(program=torchrun, **ITERATIONS)
     assert other.code == 0, other.text
     assert other.losses == own.losses
-
-
-def tiny_program():
-    from tests.engine.conftest import PROGRAM
-
-    return PROGRAM
 
 
 @pytest.mark.slow
@@ -116,6 +114,50 @@ def test_ctrl_c_reaches_workers_and_launcher_too(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_ctrl_c_ends_an_evaluation_at_once_and_loses_nothing(tiny, count):
+    """There is a checkpoint before each evaluation; none is due here for another reason."""
+    process = tiny.start(
+        "--num-gpus", str(count), environment={"IMAGE_SECONDS": "20"}, own_group=True, DATALOADER__NUM_WORKERS=1,
+        SOLVER__MAX_ITER=100, SOLVER__CHECKPOINT_PERIOD=90, SOLVER__STEPS="(90,)", TEST__EVAL_PERIOD=2,
+    )  # fmt: skip
+    wait_for(tiny.folder / "output/last_checkpoint")
+    time.sleep(5)  # some of which is evaluation
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert time.monotonic() - start < 15 * count  # four images would take 80 seconds
+    assert process.returncode == 130, text
+    assert "everything so far is in model_0000001.pth" in text
+    assert text.count("to go on: python train_net.py --resume") == 1
+    assert sorted(tiny.losses()) == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_lets_the_first_save(tiny):
+    """The other process waits: its end would make the launcher end the first one, here in the middle of a write."""
+    environment = {"DIE": "stop:1:1", "SAVE_SECONDS": "8"}
+    result = tiny.run("--num-gpus", "2", environment=environment, **{**ITERATIONS, "SOLVER__MAX_ITER": 9})
+    assert result.code == 143, result.text
+    assert "everything so far is in model_0000001.pth" in result.text
+    assert "died" not in result.text
+    assert torch.load(result.folder / "model_0000001.pth")["iteration"] == 1
+
+
+@pytest.mark.slow
+def test_a_slow_checkpoint_is_finished_after_ctrl_c(tiny):
+    """PyTorch's launcher would kill processes that are not done after 30 seconds."""
+    environment = {"STEP_SECONDS": "0.2", "SAVE_SECONDS": "35"}
+    process = tiny.start("--num-gpus", "2", environment=environment, SOLVER__MAX_ITER=500, SOLVER__CHECKPOINT_PERIOD=0)
+    wait_for_steps(tiny, 2)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=150)
+    assert process.returncode == 130, text
+    last = (tiny.folder / "output/last_checkpoint").read_text()
+    assert torch.load(tiny.folder / "output" / last)["iteration"] == max(tiny.losses())
+
+
+@pytest.mark.slow
 def test_sigterm_saves_too(tiny):
     process = tiny.start(environment={"STEP_SECONDS": "0.2"}, SOLVER__MAX_ITER=100, SOLVER__STEPS="(90,)")
     wait_for_steps(tiny, 1)
@@ -126,8 +168,15 @@ def test_sigterm_saves_too(tiny):
 
 
 def wait_for_steps(tiny, count):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(tiny.losses()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 120
+    while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -190,8 +239,6 @@ def test_two_processes_equal_one_with_the_double_batch(tiny, kind):
     """
     program = tiny.folder / "double.py"
     program.write_text(DOUBLE)
-    from tests.engine.conftest import SMOKE
-
     results = []
     for count in (1, 2):
         out = tiny.folder / f"{count}.pth"
@@ -228,6 +275,22 @@ def test_synchronised_normalisation_needs_gpus(tiny):
     result = tiny.run("--num-gpus", "2", **resnet)
     assert result.code == 1
     assert "MODEL.RESNETS.NORM must be FrozenBN or BN with 2 processes on MODEL.DEVICE cpu, got 'SyncBN'" in result.text
+
+
+def test_an_address_that_is_taken_is_told(tiny, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        words = ["--num-gpus", "1", "--num-machines", "2", "--dist-url", url, "--config-file", str(SMOKE)]
+        assert main([*words, *tiny.overrides()]) == 1
+    assert f"--dist-url: the processes did not find each other at {url}" in capsys.readouterr().err
+
+
+def test_normalisation_is_checked_for_the_processes_of_all_machines(tiny, monkeypatch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    cfg = tiny.cfg(MODEL__BACKBONE__NAME="build_resnet_backbone", MODEL__RESNETS__NORM="SyncBN")
+    with pytest.raises(ConfigError, match=r"MODEL\.RESNETS\.NORM must be FrozenBN or BN with 2 processes"):
+        make_fabric(cfg)
 
 
 @pytest.mark.slow

@@ -38,6 +38,18 @@ def test_lines_have_medians_of_twenty_iterations(tmp_path):
     assert lines[3] == {"segm/AP": 12.0, "iteration": 44}
 
 
+def test_a_step_that_is_skipped_does_not_count(tmp_path):
+    log = TrainingLog(tmp_path, start=0, max_iter=20, images_per_batch=2)
+    for iteration in range(20):
+        if iteration == 7:
+            log.skip()
+        else:
+            log.step(iteration, {"total_loss": float(iteration), **NUMBERS})
+    log.close()
+    [line] = lines_of(tmp_path)
+    assert line["total_loss"] == statistics.median(i for i in range(20) if i != 7)
+
+
 def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     seen = []
     run = type("Run", (), {"log": lambda self, *a, **k: seen.append((a, k)), "finish": lambda self: seen.append("end")})

@@ -9,6 +9,7 @@ from mask2former.data import MappedSample
 from mask2former.engine.checkpoints import CheckpointError
 from mask2former.engine.evaluation import evaluate
 from mask2former.engine.trainer import Trainer
+from mask2former.engine.yaml_files import ConfigError
 from mask2former.modeling.structures import MaskTarget
 
 
@@ -164,6 +165,37 @@ def test_best_checkpoint_is_replaced_by_better_ones_only(tiny, monkeypatch):
     assert trainer.best == ("panoptic_seg/PQ", 30.0)
 
 
+def test_the_best_metric_is_known_after_a_resume(tiny, monkeypatch):
+    """Also that of an evaluation after the checkpoint: a worse model must not take its place."""
+    values = iter([30.0, 40.0, 35.0])
+    monkeypatch.setattr(
+        "mask2former.engine.trainer.evaluate", lambda *_, **__: {"panoptic_seg": {"PQ": next(values)}}
+    )
+    train(tiny.cfg(TEST__EVAL_PERIOD=1, SOLVER__MAX_ITER=2, SOLVER__STEPS="()"))
+    (tiny.folder / "output/last_checkpoint").write_text("model_0000000.pth")
+    trainer, losses = train(tiny.cfg(TEST__EVAL_PERIOD=1, SOLVER__MAX_ITER=2, SOLVER__STEPS="()"), resume=True)
+    assert sorted(losses) == [1]
+    assert trainer.best == ("panoptic_seg/PQ", 40.0)
+
+
+def test_each_evaluation_has_a_checkpoint_before_it(tiny, monkeypatch):
+    def evaluate(*_, **__):
+        raise OSError("evaluation fails")
+
+    monkeypatch.setattr("mask2former.engine.trainer.evaluate", evaluate)
+    with pytest.raises(OSError, match="evaluation fails"):
+        train(tiny.cfg(TEST__EVAL_PERIOD=3, SOLVER__CHECKPOINT_PERIOD=0))
+    assert (tiny.folder / "output/last_checkpoint").read_text() == "model_0000002.pth"
+
+
+def test_processes_that_see_other_checkpoints_are_told(tiny, monkeypatch):
+    """As two machines do that do not share the folder."""
+    trainer = Trainer(tiny.cfg())
+    monkeypatch.setattr(trainer.fabric, "broadcast", lambda own: "model_0000001.pth")
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR must be one folder that all machines share, got .*output'"):
+        trainer.resume_or_load(resume=True)
+
+
 @pytest.mark.parametrize("schedule", ["WarmupMultiStepLR", "WarmupPolyLR"])
 def test_learning_rates_follow_the_schedule(tiny, schedule):
     rates = []
@@ -198,7 +230,8 @@ def test_two_data_sets_are_told_apart(tiny):
 def test_unfinished_files_are_removed_and_a_missing_checkpoint_is_told(tiny):
     folder = tiny.folder / "output"
     folder.mkdir()
-    (folder / ".model_final.pth.1234abcd.tmp").write_bytes(b"half")
+    for name in ("model_final.pth", "last_checkpoint", "writable"):
+        (folder / f".{name}.1234abcd.tmp").write_bytes(b"half")
     (folder / "last_checkpoint").write_text("model_0000007.pth")
     trainer = Trainer(tiny.cfg())
     assert not list(folder.glob(".*"))
