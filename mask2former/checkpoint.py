@@ -383,7 +383,8 @@ def match_names(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str
         for name in [n for n in state_dict if n in own and n.startswith(prefix) and "." not in n[len(prefix) :]]:
             found[name] = state_dict.pop(name)
 
-    hooks = [module.register_load_state_dict_pre_hook(take) for module in model.modules()]
+    # without the underscore from PyTorch 2.5 on
+    hooks = [module._register_load_state_dict_pre_hook(take, with_module=True) for module in model.modules()]
     try:
         unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     finally:

@@ -1,62 +1,40 @@
 """From a Detectron2 config and its checkpoint to a core `Predictor` or a model file."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from mask2former import config
-from mask2former.checkpoint import ModelDescription, save_model_file
+from mask2former.checkpoint import ModelDescription
+from mask2former.configured_model import ConfiguredModel
 from mask2former.d2.data import dataset_metadata, is_thing_of
-from mask2former.d2.meta_arch import MaskFormer
 from mask2former.d2.trainer import Trainer
 from mask2former.data import Category
-from mask2former.inference import prediction_settings
 from mask2former.predictor import Predictor
 
 
-def predictor_from_config(cfg: Any) -> Predictor:
+def configured_model(cfg: Any) -> ConfiguredModel:
     """Build the model, load MODEL.WEIGHTS and take names and colours of the classes from the data set's metadata.
 
     Raises:
         ValueError: if MODEL.WEIGHTS is empty, or the metadata do not name as many classes as the model has.
     """
-    model = _load_model(cfg)
-    return Predictor(
-        model,
-        categories=_categories(cfg, model),
-        image_format=model.input_format,
-        device=cfg.MODEL.DEVICE,
-        **asdict(prediction_settings(cfg)),
-    )
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS must name a checkpoint to predict with, got ''")
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    categories = categories_of(dataset_metadata(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+    return ConfiguredModel(cfg=cfg, model=model, categories=categories)
 
 
-def export_model(
-    cfg: Any, path: str | Path, *, dtype: torch.dtype = torch.float16, notes: Mapping[str, Any] | None = None
-) -> ModelDescription:
-    """Write the model of a config and its MODEL.WEIGHTS as a model file, which needs no Detectron2 to be used.
+def predictor_from_config(cfg: Any) -> Predictor:
+    """See `configured_model`."""
+    return configured_model(cfg).predictor()
 
-    Args:
-        cfg: config.
-        path: of the file.
-        dtype: of the stored weights, `torch.float16` or `torch.float32`.
-        notes: for people, such as the training command; plain values.
 
-    Raises:
-        ValueError: as `predictor_from_config`.
-    """
-    model = _load_model(cfg)
-    description = ModelDescription(
-        architecture=config.architecture_arguments(cfg),
-        categories=_categories(cfg, model),
-        settings=prediction_settings(cfg),
-        notes=dict(notes or {}),
-    )
-    save_model_file(path, model, description, dtype=dtype)
-    return description
+def export_model(cfg: Any, path: str | Path, **options: Any) -> ModelDescription:
+    """See `configured_model` and `ConfiguredModel.export`."""
+    return configured_model(cfg).export(path, **options)
 
 
 def categories_of(metadata: Any, num_classes: int) -> tuple[Category, ...]:
@@ -80,15 +58,3 @@ def categories_of(metadata: Any, num_classes: int) -> tuple[Category, ...]:
         Category(id=ids.get(i, i), name=names[i], is_thing=is_thing[i], color=tuple(colors[i]))
         for i in range(num_classes)
     )
-
-
-def _load_model(cfg: Any) -> MaskFormer:
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS must name a checkpoint to predict with, got ''")
-    model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model
-
-
-def _categories(cfg: Any, model: MaskFormer) -> tuple[Category, ...]:
-    return categories_of(dataset_metadata(model.dataset_name), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
