@@ -108,7 +108,7 @@ OUTSIDE: dict[str, set[str]] = {
     "ops": {"torch"},
     "modeling": {"torch", "numpy", "scipy"},
     "solver": {"torch"},
-    "data": {"torch", "numpy", "PIL", "pycocotools"},
+    "data": {"torch", "numpy", "PIL", "pycocotools", "tqdm"},
     "evaluation": {"torch", "numpy", "PIL", "pycocotools", "tqdm"},
 }
 

@@ -41,13 +41,16 @@ def test_large_images_are_made_smaller(tmp_path):
     scene = root / "images/ADE/validation/urban/street"
     # Four quarters of 1024 x 800 pixels become quarters of 655 x 512: the shorter side is 512, 1024 * 0.64 = 655.36.
     quarters = np.array([[0, 1], [2, 3]]).repeat(512, axis=0).repeat(400, axis=1)
-    save(scene / "ADE_val_00000001_seg.png", ade_seg(ade_class(quarters)))
+    classes = ade_class(np.array([0, 846, 300, 3]))[quarters]
+    save(scene / "ADE_val_00000001_seg.png", ade_seg(classes))
     save(scene / "ADE_val_00000001.jpg", (quarters[..., None] * [60, 60, 60]).astype(np.uint8), quality=100)
     assert prepare(tmp_path, "--split", "val") == 0
     labels, _ = pixels_of(root / "annotations_detectron2/validation/ADE_val_00000001.tif")
     assert labels.shape == (655, 512)
-    assert labels[[0, 0, 654, 654], [0, 511, 0, 511]].tolist() == [0, 1, 2, 3]
+    assert np.unique(labels).tolist() == [0, 3, 300, 846]  # nothing in between
     assert (labels[:327, :256] == 0).all()
+    assert (labels[:327, 256:] == 846).all()
+    assert (labels[328:, :256] == 300).all()
     assert (labels[328:, 256:] == 3).all()
     pixels, mode = pixels_of(root / "images_detectron2/validation/ADE_val_00000001.jpg")
     assert (pixels.shape, mode) == ((655, 512, 3), "RGB")
@@ -56,6 +59,18 @@ def test_large_images_are_made_smaller(tmp_path):
     before = miniatures.snapshot(root)
     assert prepare(tmp_path, "--split", "val") == 0
     assert miniatures.snapshot(root) == before
+
+
+def test_long_but_low_images_stay(tmp_path):
+    root = miniatures.ade20k_full(tmp_path)
+    scene = root / "images/ADE/validation/urban/street"
+    save(scene / "ADE_val_00000001_seg.png", ade_seg(np.full((512, 700), ade_class(9))))
+    miniatures.photo(scene / "ADE_val_00000001.jpg", height=512, width=700)
+    assert prepare(tmp_path, "--split", "val") == 0
+    labels, _ = pixels_of(root / "annotations_detectron2/validation/ADE_val_00000001.tif")
+    assert labels.shape == (512, 700)
+    image = root / "images_detectron2/validation/ADE_val_00000001.jpg"
+    assert image.samefile(scene / "ADE_val_00000001.jpg")
 
 
 def test_sizes():
