@@ -146,7 +146,7 @@ class LoaderWithProgress:
         """Set up.
 
         Args:
-            loader: gives lists of one image.
+            loader: of `mask2former.d2.data.build_test_loader`, gives lists of one image.
             name: of the data set.
         """
         self.loader = loader
@@ -159,8 +159,8 @@ class LoaderWithProgress:
         return with_progress(
             self.loader,
             self.name,
-            len(self.loader),
-            processes=comm.get_world_size(),
+            here=len(self.loader),
+            overall=len(self.loader.dataset),
             is_shown=comm.is_main_process(),
         )
 

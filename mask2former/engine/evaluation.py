@@ -75,9 +75,11 @@ def _evaluate(
 ) -> Results:
     settings = config.inference_arguments(cfg)
     tasks = make_tasks(entry.name, entry.metadata, settings, **config.evaluation_arguments(cfg))
-    loader = build_test_loader(cfg, entry.load(), rank=rank(), world_size=world_size())
+    records = entry.load()
+    loader = build_test_loader(cfg, records, rank=rank(), world_size=world_size())
     is_thing = torch.tensor(is_thing_of(cfg))
-    for sample in with_progress(loader, entry.name, len(loader), processes=world_size(), is_shown=rank() == 0):
+    count = {"here": len(loader), "overall": len(records)}
+    for sample in with_progress(loader, entry.name, **count, is_shown=rank() == 0):
         result = predict(model, sample, settings, is_thing, augmentation)
         for task in tasks:
             task.update(sample.record, result)

@@ -11,8 +11,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
-from mask2former.d2.evaluation import InstanceEvaluator, PanopticEvaluator, SemanticEvaluator, build_evaluator
-from mask2former.data import read_label_map, read_panoptic_colors
+from mask2former.d2.evaluation import (
+    InstanceEvaluator,
+    InstanceSegEvaluator,
+    LoaderWithProgress,
+    PanopticEvaluator,
+    SemanticEvaluator,
+    build_evaluator,
+    core_metadata,
+)
+from mask2former.data import catalog, read_label_map, read_panoptic_colors
 from mask2former.data.targets import mask_from_rle, panoptic_ids
 from mask2former.modeling.postprocessing import masks_to_boxes
 
@@ -155,3 +163,83 @@ def test_refusals(tiny_cfg):
     tiny_cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     with pytest.raises(ValueError, match="switches none on"):
         build_evaluator(tiny_cfg, INSTANCE)
+
+
+def test_the_published_name_stays():
+    assert InstanceSegEvaluator is InstanceEvaluator
+
+
+def test_one_pass_feeds_all_metrics_and_everything_is_written(tiny_cfg, tmp_path):
+    tiny_cfg.MODEL.MASK_FORMER.TEST.BOUNDARY_METRICS = True
+    records = [r for r in DatasetCatalog.get(PANOPTIC)[:3] if not any(s["iscrowd"] for s in r["segments_info"])]
+    instances = {r["image_id"]: r for r in DatasetCatalog.get(INSTANCE)}
+
+    def everything(record):
+        found = instance_truth(instances[record["image_id"]])
+        return panoptic_truth(record) | semantic_truth(record) | found
+
+    results = feed(build_evaluator(tiny_cfg, PANOPTIC, str(tmp_path)), records, everything)
+    assert list(results) == ["panoptic_seg", "boundary_panoptic_seg", "segm", "bbox", "boundary", "sem_seg"]
+    for task, name in (("boundary_panoptic_seg", "PQ"), ("boundary", "AP"), ("segm", "AP"), ("sem_seg", "mIoU")):
+        assert results[task][name] == pytest.approx(100), task
+    assert {p.name for p in tmp_path.iterdir()} >= {"results.json", "results.txt", "coco_instances_results.json"}
+    assert json.loads((tmp_path / "results.json").read_text())["panoptic_seg"]["PQ"] == pytest.approx(100)
+
+
+def test_no_predictions_give_zeros(tiny_cfg):
+    records = DatasetCatalog.get(PANOPTIC)[:2]
+
+    def nothing(record):
+        size = (record["height"], record["width"])
+        found = Instances(size)
+        found.pred_classes, found.scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        found.pred_masks, found.pred_boxes = torch.zeros(0, *size, dtype=torch.bool), Boxes(torch.zeros(0, 4))
+        ids = torch.zeros(size, dtype=torch.int32)
+        return {"panoptic_seg": (ids, []), "instances": found, "sem_seg": torch.zeros(133, *size)}
+
+    results = feed(build_evaluator(tiny_cfg, PANOPTIC), records, nothing)
+    assert results["panoptic_seg"]["PQ"] == results["segm"]["AP"] == results["bbox"]["AP"] == 0
+
+
+def test_loader_with_progress_passes_everything_on(caplog):
+    class Loader(list):
+        dataset = range(5)
+
+    with caplog.at_level("INFO", logger="mask2former"):
+        loader = LoaderWithProgress(Loader([[{"a": 1}], [{"b": 2}]]), "set")
+        assert len(loader) == 2 and list(loader) == [[{"a": 1}], [{"b": 2}]]
+    assert "Predicted 5 images of set" in caplog.text
+
+
+def labels_of(metadata):
+    return [(c.id, c.name, c.is_thing) for c in metadata.categories]
+
+
+def test_metadata_of_sets_that_others_have_registered():
+    things = {"thing_classes": ["cat", "cow"], "thing_dataset_id_to_contiguous_id": {7: 0, 3: 1}}
+    MetadataCatalog.get("own_instances").set(**things, evaluator_type="coco", json_file="i.json")
+    metadata = core_metadata("own_instances")
+    assert labels_of(metadata) == [(7, "cat", True), (3, "cow", True)]
+    assert str(metadata.instances_json) == "i.json"
+    MetadataCatalog.get("own_lvis").set(thing_classes=["cat", "cow"], evaluator_type="lvis")
+    assert labels_of(core_metadata("own_lvis")) == [(1, "cat", True), (2, "cow", True)]
+    MetadataCatalog.get("own_panoptic").set(
+        thing_classes=["cow"], thing_dataset_id_to_contiguous_id={30: 1}, stuff_classes=["sky", "cow"],
+        stuff_dataset_id_to_contiguous_id={20: 0, 30: 1}, evaluator_type="coco_panoptic_seg", ignore_label=9,
+    )  # fmt: skip
+    metadata = core_metadata("own_panoptic", 3)
+    assert labels_of(metadata) == [(20, "sky", False), (30, "cow", True), (2, "class 2", False)]
+    assert metadata.ignore_label == 9
+    with pytest.raises(ValueError, match="NUM_CLASSES = 1"):
+        core_metadata("own_panoptic", 1)
+    MetadataCatalog.get("own_stuff").set(stuff_classes=["sky"], evaluator_type="coco_panoptic_seg")
+    with pytest.raises(ValueError, match="thing_dataset_id_to_contiguous_id"):
+        core_metadata("own_stuff", 1)
+
+
+def test_data_sets_of_detectron2_itself_are_those_of_the_core():
+    for name in ("cityscapes_fine_instance_seg_val", "cityscapes_fine_panoptic_val", "lvis_v1_val", "coco_2017_val"):
+        metadata = core_metadata(name)
+        known = catalog.get(name).metadata
+        assert labels_of(metadata) == labels_of(known), name
+        assert (metadata.evaluator_type, metadata.ignore_label) == (known.evaluator_type, known.ignore_label)
