@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -23,14 +22,14 @@ from mask2former.data.catalog import UnknownDatasetError
 from mask2former.engine.checkpoints import CheckpointFolder
 from mask2former.engine.config import ConfigError, get_config
 from mask2former.engine.evaluation import Results, evaluate, rank, world_size
-from mask2former.engine.processes import is_launched, launch, make_fabric, say
+from mask2former.engine.processes import is_launched, launch, launched_rank, make_fabric, say
 from mask2former.engine.trainer import Trainer, TrainingInterrupted
 from mask2former.engine.weights import load_for_evaluation
 
 logger = logging.getLogger(__name__)
 
-# Where a process ends, the collectives of the others fail within milliseconds. These wait so many seconds, in which the
-# launcher, which looks each second, finds the one that ended first and ends them; its failure is the one to tell.
+# Where a process ends, the collectives of the others fail within milliseconds. These wait so many seconds before they
+# end, in which the launcher, which looks each second, finds the first one and ends them: its failure is what is told.
 _GRACE = 15.0
 
 # Errors that can be for the user, see `_is_for_users`.
@@ -120,6 +119,8 @@ def run(words: Sequence[str]) -> int:
     except _TOLD as error:
         if sys.flags.dev_mode or not _is_for_users(error):
             raise
+        if launched_rank() > 0:  # the first process finds the same mistakes, which are then told once
+            time.sleep(_GRACE)
         say(f"{type(error).__name__}: {error}")
         return 1
     except RuntimeError:  # a lost connection is one, and has no type of its own
@@ -183,7 +184,7 @@ def _log_to_console() -> None:
         handler = _Console()
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d %H:%M:%S"))
         package.addHandler(handler)
-    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    package.setLevel(logging.WARNING if launched_rank() else logging.INFO)
 
 
 def _is_for_users(error: BaseException) -> bool:

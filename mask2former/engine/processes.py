@@ -29,6 +29,11 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def launched_rank() -> int:
+    """Of this process among those of all machines, known before they are connected; 0 if it was not launched."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
 def launch(
     program: Callable[..., Any], *arguments: Any, processes: int, machines: int = 1, machine: int = 0, url: str = "auto"
 ) -> None:
