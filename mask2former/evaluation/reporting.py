@@ -43,7 +43,7 @@ def report(
         write_whole(folder / "results.json", json.dumps(_plain(results), indent=1))
         write_whole(folder / "results.txt", f"{name}\n\n{summary_tables(results)}\n{class_tables(results)}")
     except OSError as error:
-        logger.warning("The results cannot be written into %s: %s", folder, error.strerror or error)
+        logger.warning("The results cannot be written into %s: %s", folder, error)
 
 
 def flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
