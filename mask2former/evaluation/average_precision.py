@@ -30,8 +30,8 @@ class InstanceAP:
         iou_types: any of "segm" (masks), "bbox" (boxes) and "boundary" (Cheng et al., "Boundary IoU", CVPR 2021: the
             smaller IoU of masks and of their boundary regions).
 
-    A pickled metric leaves the annotations behind, so that processes can send theirs to each other: ``merge`` takes
-    it, but its own ``compute`` does not work any more.
+    A pickled or copied metric leaves the annotations behind, so that processes can send theirs to each other: ``merge``
+    takes it, but its own ``update`` and ``compute`` raise RuntimeError.
 
     Attributes:
         results: one plain dict per prediction in COCO's result format, with dataset category ids; with "boundary"
@@ -61,6 +61,7 @@ class InstanceAP:
         self.image_ids: list[int | str] = []
         self._seen: set[int | str] = set()
         self._truth_boundaries: dict[int, dict[str, Any]] = {}
+        self._has_annotations = True
         with Path(coco_json).open(encoding="utf-8") as file:
             content: dict[str, Any] = json.load(file)
         self._images = {image["id"]: image for image in content["images"]}
@@ -69,7 +70,11 @@ class InstanceAP:
         self._read_categories(content["categories"], os.fspath(coco_json))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": {}, "_annotations": {}}
+        return self.__dict__ | {"_images": {}, "_annotations": {}, "_has_annotations": False}
+
+    def _require_annotations(self) -> None:
+        if not self._has_annotations:
+            raise RuntimeError("a metric that was pickled or copied has no annotations: merge it into the original")
 
     def _read_annotations(self, annotations: Sequence[dict[str, Any]]) -> None:
         required = {"image_id", "category_id", "area", "bbox"}
@@ -117,6 +122,7 @@ class InstanceAP:
             TypeError: if labels are no integers or masks are not bool.
             ValueError: if the image is unknown or was given before, or a shape or value is wrong.
         """
+        self._require_annotations()
         if image_id not in self._images:
             raise ValueError(f"image_id must be an image of the annotation file, got {image_id!r}")
         if image_id in self._seen:
@@ -177,6 +183,7 @@ class InstanceAP:
             For each IoU type: AP, AP50, AP75, APs, APm, APl and AP-<name>, in percent; nan where there is
             no ground truth.
         """
+        self._require_annotations()
         return {iou_type: self._evaluate(iou_type) for iou_type in self.iou_types}
 
     def save(self, path: str | os.PathLike[str]) -> None:

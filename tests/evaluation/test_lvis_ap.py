@@ -169,6 +169,11 @@ def test_a_pickled_metric_leaves_the_annotations_behind(random_metric):
     assert b"not_exhaustive_category_ids" not in pickle.dumps(whole)
     plain = InstanceAP(coco_json=path, category_ids=IDS)
     assert len(pickle.dumps(plain)) < 2000 < path.stat().st_size
+    for metric in (copy.deepcopy(plain), pickle.loads(pickle.dumps(whole))):
+        with pytest.raises(RuntimeError, match="merge it into the original"):
+            metric.compute()
+        with pytest.raises(RuntimeError, match="merge it into the original"):
+            predict(metric, 1, [])
 
 
 def naive_ap(content, results):

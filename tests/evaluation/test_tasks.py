@@ -23,10 +23,10 @@ ALL_ON = {"panoptic_on": True, "instance_on": True, "semantic_on": True}
 # ---- hand-checked values
 #
 # The first validation scene of a miniature is 64 x 56: above 64 x 12 pixels of one stuff class, below 60 x 44 of
-# another, on which stand two objects of a class "many", 12 x 14 = 168 and 12 x 8 = 96 pixels, one of a class "one",
+# another, on which stand two objects of a class "many", 12 x 14 = 168 and 15 x 10 = 150 pixels, one of a class "one",
 # 168 pixels, and, in some data sets, a crowd of "many", 160 pixels. The rest, 4 x 44, is void. The prediction has
 # everything right but for the upper four rows, 48 pixels, of the first object, which it takes for the lower stuff;
-# its crowd it has not found.
+# the crowd it has not found.
 
 FIRST_IOU = 120 / 168  # 0.714: reached at five of the ten thresholds 0.5, 0.55, ... 0.95
 
@@ -44,15 +44,16 @@ INSTANCES = {"AP": AP_ALL, "AP50": 100, "AP75": (100 + 100 * 51 / 101 / 2) / 2, 
 # In LVIS's miniature "many" is common, "one" frequent.
 LVIS = INSTANCES | {"APc": AP_MANY, "APf": 100}
 
-# The upper stuff and "one" are perfect. The label maps give the crowd to "many": 168 + 96 + 160 = 424 pixels, 376 of
-# them found; the lower stuff is 60 * 44 - 424 - 168 = 2048 pixels and 2096 in the prediction.
-WITH_CROWD = 100 * (1 + 1 + 376 / 424 + 2048 / 2096) / 4
-# Without a crowd: 264 pixels, 216 found; 60 * 44 - 264 - 168 = 2208 pixels, 2256 in the prediction.
-WITHOUT_CROWD = 100 * (1 + 1 + 216 / 264 + 2208 / 2256) / 4
+# The upper stuff and "one" are perfect. The label maps give the crowd to "many": 168 + 150 + 160 = 478 pixels, 430 of
+# them found; the lower stuff is 60 * 44 - 478 - 168 = 1994 pixels and 2042 in the prediction.
+WITH_CROWD = 100 * (1 + 1 + 430 / 478 + 1994 / 2042) / 4
+# Without a crowd: 318 pixels, 270 found; 60 * 44 - 318 - 168 = 2154 pixels, 2202 in the prediction.
+WITHOUT_CROWD = 100 * (1 + 1 + 270 / 318 + 2154 / 2202) / 4
 
-# Cityscapes' AP: the second object of "many" is smaller than 100 pixels, so that its prediction does not count. The
-# first one makes an AP of 1 at five overlaps, and of 0 at the others.
-CITYSCAPES_AP = {"AP": (100 + 50) / 2, "AP50": 100, "AP-car": 50, "AP-person": 100}
+# Cityscapes' AP of "car": 1 at five overlaps. At the others, by rising score, (recall, precision) are (1/2, 1/2),
+# (0, 0) and, always, (0, 1); each is as wide as half the distance of its neighbours: 1/4, 1/4 and 0. The area is 1/8.
+AP_CAR = 100 * (5 * 1 + 5 / 8) / 10
+CITYSCAPES_AP = {"AP": (100 + AP_CAR) / 2, "AP50": 100, "AP-car": AP_CAR, "AP-person": 100}
 # iIoU: no pixel is wrongly called a car. Both cars weigh the same, and of the first one 120 of 168 pixels are found.
 # Each of the four classes is in a group of its own.
 IIOU = 100 * (1 + (FIRST_IOU + 1) / 2) / 2
