@@ -231,18 +231,16 @@ def test_resize_arguments(cfg: Any) -> dict[str, Any]:
     return {"shortest": cfg.INPUT.MIN_SIZE_TEST, "longest": cfg.INPUT.MAX_SIZE_TEST}
 
 
-def tta_arguments(cfg: Any) -> dict[str, Any] | None:
-    """TEST.AUG -> the views of test-time augmentation; None if it is off."""
-    augmentation = cfg.TEST.AUG
-    if not augmentation.ENABLED:
-        return None
-    sizes = list(augmentation.MIN_SIZES)
+def tta_arguments(cfg: Any) -> dict[str, Any]:
+    """TEST.AUG -> the views of test-time augmentation, and whether it is enabled."""
+    sizes = list(cfg.TEST.AUG.MIN_SIZES)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"TEST.AUG.MIN_SIZES must be at least one size of at least 1, got {sizes}")
     return {
+        "enabled": cfg.TEST.AUG.ENABLED,
         "min_sizes": sizes,
         "max_size": _at_least(cfg, "TEST.AUG.MAX_SIZE", 1),
-        "flip": augmentation.FLIP,
+        "flip": cfg.TEST.AUG.FLIP,
     }
 
 
@@ -299,6 +297,11 @@ def step_arguments(cfg: Any) -> dict[str, Any]:
         "accumulation_steps": _at_least(cfg, "SOLVER.ACCUMULATION_STEPS", 1),
         "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED else None,
     }
+
+
+def start_arguments(cfg: Any) -> dict[str, Any]:
+    """The weights that a training starts from, and the data set that they were trained on; None: none, not told."""
+    return {"weights": cfg.MODEL.WEIGHTS or None, "source_dataset": cfg.MODEL.WEIGHTS_DATASET or None}
 
 
 def run_arguments(cfg: Any) -> dict[str, Any]:

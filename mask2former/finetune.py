@@ -59,7 +59,7 @@ class StartReport:
         copied: from the file.
         part_copied: rows of the classes whose names match, and of "no object".
         reinitialised: in the file, but made for other classes or queries; as they were, random. With the reason.
-        from_config: in the file, but a setting; the config wins.
+        from_config: a setting that stands in checkpoints; the config's value is kept.
         missing: not in the file; as they were.
         unused: in the file only.
         categories: None where classes were not matched by their names.
@@ -158,8 +158,8 @@ def load_start(
         copied=tuple(name for name in state if name in matched and name not in {part.name for part in parts}),
         part_copied=tuple(parts),
         reinitialised=reinitialised,
-        from_config=tuple(name for name in _FROM_CONFIG if name in found),
-        missing=tuple(name for name in state if name not in found),
+        from_config=tuple(name for name in _FROM_CONFIG if name in state),
+        missing=tuple(name for name in state if name not in found and name not in _FROM_CONFIG),
         unused=unused,
         categories=head.categories,
         note=head.note,

@@ -67,7 +67,7 @@ class TestAugmentation:
     def from_config(cls, cfg: Any) -> "TestAugmentation | None":
         """What TEST.AUG of a config says; None if it is off."""
         arguments = config.tta_arguments(cfg)
-        return None if arguments is None else cls(**arguments)
+        return cls(**arguments) if arguments.pop("enabled") else None
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """(height, width) of each resized image, the one nearest to the image itself first, the others in order."""

@@ -33,6 +33,8 @@ TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
     config.clip_arguments,
     config.step_arguments,
     config.run_arguments,
+    config.start_arguments,
+    config.tta_arguments,
     config.architecture_arguments,
 ]
 

@@ -32,6 +32,7 @@ def assert_counts_each_tensor_once(report: StartReport, model, state) -> None:
     in_both = [*report.copied, *(p.name for p in report.part_copied), *report.reinitialised, *report.from_config]
     assert sorted([*in_both, *report.missing]) == sorted(model.state_dict())
     assert sorted([*in_both, *report.unused]) == sorted(state)
+    assert EMPTY in state  # as in every checkpoint
 
 
 def start(target, source, names=None, source_names=None):
@@ -158,7 +159,8 @@ def test_backbone_weights_leave_the_rest_as_it_was() -> None:
     report = load_start(target, {"model": state, "matching_heuristics": True}, categories=list("abcd"))
     assert report.unused == ("head.weight",)
     assert len(report.copied) == len(state) - 1
-    assert set(report.missing) == {name for name in before if not name.startswith("backbone.")}
+    assert set(report.missing) == {name for name in before if not name.startswith(("backbone.", "criterion."))}
+    assert report.from_config == (EMPTY,)
     for name in report.missing:
         assert torch.equal(target.state_dict()[name], before[name])
     assert "not in the file, re-initialised: sem_seg_head.pixel_decoder (" in str(report)

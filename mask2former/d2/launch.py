@@ -47,7 +47,7 @@ def run(args: Namespace) -> dict[str, Any] | None:
         model = Trainer.build_model(cfg)
         DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
-        if config.tta_arguments(cfg) is not None:
+        if config.tta_arguments(cfg)["enabled"]:
             results.update(Trainer.test_with_TTA(cfg, model))
         return results
     trainer = Trainer(cfg)

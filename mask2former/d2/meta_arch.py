@@ -118,7 +118,6 @@ def as_detectron2(result: ImageResult, output_size: tuple[int, int]) -> dict[str
     return results
 
 
-
 def target_from_instances(instances: Instances | None) -> MaskTarget:
     """Ground truth of one image from Detectron2's structure, whichever mapper made it.
 

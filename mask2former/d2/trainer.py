@@ -123,7 +123,7 @@ class Trainer(DefaultTrainer):
         for hook in every:
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.max_to_keep = config.run_arguments(self.cfg)["checkpoints_kept"]
-        if config.tta_arguments(self.cfg) is not None:
+        if config.tta_arguments(self.cfg)["enabled"]:
             plain = next(place for place, hook in enumerate(every) if isinstance(hook, hooks.EvalHook))
             every.insert(plain + 1, hooks.EvalHook(0, self._test_with_tta_and_save_results))
         return every

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mask2former.config import tta_arguments
 from mask2former.d2.meta_arch import MaskFormer, as_detectron2
 from mask2former.data.images import read_image
 from mask2former.tta import TestAugmentation, augmented_result
@@ -32,8 +33,9 @@ class SemanticSegmentorWithTTA(nn.Module):
         if not isinstance(inner, MaskFormer):
             raise ValueError(f"model must be a MaskFormer, got {type(inner).__name__}")
         self.model = inner
-        views = cfg.TEST.AUG
-        self.augmentation = TestAugmentation(min_sizes=views.MIN_SIZES, max_size=views.MAX_SIZE, flip=views.FLIP)
+        arguments = tta_arguments(cfg)
+        arguments.pop("enabled")
+        self.augmentation = TestAugmentation(**arguments)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Results, one image after the other.

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
 from mask2former import finetune
+from mask2former.config import start_arguments
 from mask2former.data import catalog
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,9 @@ class StartCheckpointer(DetectionCheckpointer):
         super().__init__(model)
         self._weights = cfg.MODEL.WEIGHTS
         self._categories = class_names(cfg)
-        dataset = cfg.MODEL.WEIGHTS_DATASET
-        self._source_categories = _names_of(dataset) if dataset else None
-        if dataset and self._source_categories is None:
+        dataset = start_arguments(cfg)["source_dataset"]
+        self._source_categories = None if dataset is None else _names_of(dataset)
+        if dataset is not None and self._source_categories is None:
             rule = "must be a registered data set with names of its classes"
             raise ValueError(f"MODEL.WEIGHTS_DATASET {rule}, got {dataset!r}")
 

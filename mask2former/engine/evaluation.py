@@ -27,6 +27,7 @@ Watcher = Callable[[TestSample, ImageResult], None]
 
 def check_evaluation(cfg: Any) -> None:
     """Raise ConfigError or ValueError now if an evaluation of the config's test sets would fail for its settings."""
+    config.tta_arguments(cfg)
     for entry in dataset_entries(cfg, "DATASETS.TEST"):
         evaluated_tasks(entry.name, entry.metadata, config.inference_arguments(cfg))
 
@@ -47,8 +48,8 @@ def evaluate(cfg: Any, model: Mask2Former, *, watch: Watcher | None = None, with
     """
     was_training = model.training
     model.eval()
-    results = _evaluate_all(cfg, model, watch, None)
     augmentation = TestAugmentation.from_config(cfg) if with_tta else None
+    results = _evaluate_all(cfg, model, watch, None)
     if augmentation is not None:
         logger.info("Evaluating once more, with test-time augmentation")
         augmented = _evaluate_all(cfg, model, None, augmentation)

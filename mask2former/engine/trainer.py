@@ -91,6 +91,7 @@ class Trainer:
         factor = solver.lr_factor(**config.schedule_arguments(cfg))
         self.scheduler = LambdaLR(optimizer, [factor] * len(optimizer.param_groups))
         self.ema = _average(self.model, self.settings["ema_decay"])
+        self.class_names = class_names(cfg)
         self.start = 0
         self.max_iter: int = cfg.SOLVER.MAX_ITER
         self.best: tuple[str, float] | None = None  # name and value, in the first process
@@ -225,7 +226,7 @@ class Trainer:
         found = main_metric(results)
         if found is not None and (self.best is None or found[0] != self.best[0] or found[1] > self.best[1]):
             self.best = found
-            own = {"metric": list(found), "categories": class_names(self.cfg)}
+            own = {"metric": list(found), "categories": self.class_names}
             state = {"model": self.evaluated_model.state_dict(), "iteration": iteration, OWN_ENTRY: own}
             self.folder.save(_BEST, state, is_last=False)
         log.results(iteration, flat(results))
@@ -237,7 +238,7 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "grad_scaler": {} if self.step.scaler is None else self.step.scaler.state_dict(),
         }
-        own: dict[str, Any] = {"seed": self.seed, "categories": class_names(self.cfg)}
+        own: dict[str, Any] = {"seed": self.seed, "categories": self.class_names}
         if self.ema is not None:
             own["ema"] = {"model": self.ema.module.state_dict(), "steps": int(self.ema.n_averaged)}
         return {

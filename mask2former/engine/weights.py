@@ -10,6 +10,7 @@ from torch import nn
 
 from mask2former import finetune
 from mask2former.checkpoint import WeightReport, load_weights
+from mask2former.config import start_arguments
 from mask2former.data import catalog
 from mask2former.engine.data import class_names
 from mask2former.engine.yaml_files import ConfigError
@@ -26,11 +27,12 @@ def load_start(model: Mask2Former, cfg: Any) -> None:
     Raises:
         ConfigError: if the file is missing, cannot be read or does not fit, or MODEL.WEIGHTS_DATASET is not known.
     """
-    weights: str = cfg.MODEL.WEIGHTS
-    if not weights:
+    arguments = start_arguments(cfg)
+    weights = arguments["weights"]
+    if weights is None:
         logger.info("MODEL.WEIGHTS is empty: training starts from random weights")
         return
-    names, source_names = class_names(cfg), _names_of(cfg.MODEL.WEIGHTS_DATASET)
+    names, source_names = class_names(cfg), _names_of(arguments["source_dataset"])
     try:
         report = finetune.load_start(model, local_file(weights), categories=names, source_categories=source_names)
     except (FileNotFoundError, ValueError) as error:
@@ -39,9 +41,9 @@ def load_start(model: Mask2Former, cfg: Any) -> None:
     logger.log(level, "MODEL.WEIGHTS %s: %s", weights, report)
 
 
-def _names_of(dataset: str) -> list[str] | None:
+def _names_of(dataset: str | None) -> list[str] | None:
     """Names of the classes of a data set; None without one."""
-    if not dataset:
+    if dataset is None:
         return None
     try:
         return [category.name for category in catalog.get(dataset).metadata.categories]

@@ -9,18 +9,25 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from detectron2.data import DatasetCatalog
 from detectron2.engine import default_argument_parser
 
 import mask2former
 from mask2former.d2 import SemanticSegmentorWithTTA, Trainer, launch
-from mask2former.d2.data import build_test_loader
-from mask2former.data import read_image
+from mask2former.d2.data import build_test_loader, register_datasets
+from mask2former.data import catalog, read_image
 from mask2former.inference import image_result, predict_image
 from mask2former.tta import TestAugmentation, augmented_result
 
 
 @pytest.fixture
 def tta_cfg(tiny_cfg):
+    """One test image, in both catalogs."""
+    name, whole = "one_for_test_tta", catalog.get("coco_sample_val_panoptic_with_sem_seg")
+    if name not in DatasetCatalog:
+        catalog.register(catalog.CatalogEntry(name, lambda: whole.load()[:1], whole.metadata))
+        register_datasets()
+    tiny_cfg.DATASETS.TEST = (name,)
     tiny_cfg.TEST.AUG.ENABLED = True
     tiny_cfg.TEST.AUG.MIN_SIZES = (64, 48)
     tiny_cfg.TEST.AUG.MAX_SIZE = 96
@@ -117,16 +124,11 @@ def test_a_training_ends_with_it_and_both_engines_report_the_same(tta_cfg, tmp_p
     assert_equal_results(again, results)
 
     pytest.importorskip("lightning_fabric", reason="lightning-fabric is not installed, see requirements-train.txt")
-    from mask2former.data import catalog
     from mask2former.engine.config import get_config
     from mask2former.engine.launch import train_or_evaluate
 
-    for key in ("train", "val"):
-        name, whole = f"four_of_coco_sample_{key}_panoptic_with_sem_seg", f"coco_sample_{key}_panoptic_with_sem_seg"
-        if name not in catalog.names():
-            entry = catalog.get(whole)
-            catalog.register(catalog.CatalogEntry(name, lambda entry=entry: entry.load()[:4], entry.metadata))
-    cfg = get_config(tmp_path / "config.yaml", ["OUTPUT_DIR", str(tmp_path / "embedded")])
+    overrides = ["OUTPUT_DIR", str(tmp_path / "embedded"), "DATASETS.TRAIN", f"('{name}',)"]
+    cfg = get_config(tmp_path / "config.yaml", overrides)
     assert_equal_results(train_or_evaluate(cfg, eval_only=True), results)
 
 

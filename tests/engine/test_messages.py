@@ -41,7 +41,9 @@ def message(tiny, capsys, *flags, **changes):
         ({"MODEL__META_ARCHITECTURE": "GeneralizedRCNN"}, ["MODEL.META_ARCHITECTURE", "'GeneralizedRCNN'"]),
         ({"SOLVER__ACCUMULATION_STEPS": 3}, ["SOLVER.ACCUMULATION_STEPS", "got 3"]),
         ({"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 1.5}, ["SOLVER.EMA.DECAY", "1.5"]),
-        ({"TEST__AUG__ENABLED": True}, ["TEST.AUG.ENABLED", "test-time augmentation"]),
+        ({"TEST__PRECISE_BN__ENABLED": True}, ["TEST.PRECISE_BN.ENABLED", "precise batch normalisation"]),
+        ({"TEST__AUG__ENABLED": True, "TEST__AUG__MIN_SIZES": "()"}, ["TEST.AUG.MIN_SIZES", "got []"]),
+        ({"MODEL__WEIGHTS": "x.pth", "MODEL__WEIGHTS_DATASET": "no_set"}, ["MODEL.WEIGHTS_DATASET", "'no_set'"]),
         ({"DATALOADER__SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}, ["DATALOADER.SAMPLER_TRAIN"]),
         ({"INPUT__DATASET_MAPPER_NAME": "mask_former_typo"}, ["INPUT.DATASET_MAPPER_NAME", "mask_former_typo"]),
         ({f"MODEL__MASK_FORMER__TEST__{t}_ON": False for t in TASKS}, ["four_val_panoptic", "switches none on"]),
@@ -73,6 +75,7 @@ def test_weights_of_another_number_of_classes(tiny, make_tiny, capsys, caplog):
     trainer = Trainer(tiny.cfg())
     state = trainer.model.state_dict()
     state["sem_seg_head.predictor.class_embed.weight"] = torch.zeros(81, 128)
+    state["sem_seg_head.predictor.class_embed.bias"] = torch.zeros(81)
     path = tiny.folder / "other.pth"
     torch.save({"model": state}, path)
     text = message(tiny, capsys, "--eval-only", MODEL__WEIGHTS=path)
@@ -81,7 +84,8 @@ def test_weights_of_another_number_of_classes(tiny, make_tiny, capsys, caplog):
     with caplog.at_level("WARNING"):
         trainer = Trainer(make_tiny().cfg(MODEL__WEIGHTS=path))
         trainer.resume_or_load(resume=False)
-    assert "the rest stays random" in caplog.text
+    assert "80 classes in the file, 133 in the model" in caplog.text
+    assert "MODEL.WEIGHTS_DATASET can name their data set" in caplog.text
     output = tiny.folder / "output"
     output.mkdir(exist_ok=True)
     shutil.copy(path, output / "model_0000001.pth")
