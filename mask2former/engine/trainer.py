@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mask2former import config, solver, training
 from mask2former.build import build_model
 from mask2former.checkpoint import load_weights
-from mask2former.engine.checkpoints import CheckpointFolder
+from mask2former.engine.checkpoints import CheckpointError, CheckpointFolder
 from mask2former.engine.data import build_train_loader, class_names, dataset_entries
 from mask2former.engine.evaluation import Results, check_evaluation, evaluate
 from mask2former.engine.pictures import SamplePictures
@@ -283,7 +283,13 @@ class Trainer:
     def _best_so_far(self) -> tuple[str, float] | None:
         """From the file itself, which is newer than the last checkpoint if the training ended in between."""
         path = self.folder.folder / f"{_BEST}.pth"
-        metric = self.folder.load(path).get(OWN_ENTRY, {}).get("metric") if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            metric = self.folder.load(path).get(OWN_ENTRY, {}).get("metric")
+        except CheckpointError as error:
+            logger.warning("The next evaluation replaces %s, which cannot be read: %s", path, error)
+            return None
         return None if metric is None else (metric[0], metric[1])
 
     def _open_log(self) -> TrainingLog:

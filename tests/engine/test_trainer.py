@@ -178,6 +178,14 @@ def test_the_best_metric_is_known_after_a_resume(tiny, monkeypatch):
     assert trainer.best == ("panoptic_seg/PQ", 40.0)
 
 
+def test_a_best_checkpoint_that_cannot_be_read_does_not_keep_a_training_from_going_on(tiny, caplog):
+    train(tiny.cfg(DATASETS__TEST="()"))
+    (tiny.folder / "output/model_best.pth").write_bytes(b"half")
+    trainer, _ = train(tiny.cfg(DATASETS__TEST="()"), resume=True)
+    assert trainer.best is None
+    assert "model_best.pth, which cannot be read" in caplog.text
+
+
 def test_each_evaluation_has_a_checkpoint_before_it(tiny, monkeypatch):
     def evaluate(*_, **__):
         raise OSError("evaluation fails")
