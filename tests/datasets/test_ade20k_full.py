@@ -163,3 +163,30 @@ def test_missing_and_wrong_files_are_named(tmp_path, capsys):
     assert "ADE_train_00000001_seg.png: classes must be in 0..848, got 849" in errors
     assert "ADE_val_00000001_seg.png" in errors
     assert errors.count("fault: ") == 3
+
+
+def test_names_are_compared_without_case_and_white_space(tmp_path):
+    names = [f" {name.upper()} " for name in ade_object_names()]
+    root = miniatures.ade20k_full(tmp_path, index={"objectnames": names})
+    assert prepare(tmp_path, "--split", "train") == 0
+    labels, _ = pixels_of(root / "annotations_detectron2/training/ADE_train_00000001.tif")
+    assert labels.tolist() == [[65535, 0, 65535], [300, 846, 65535]]
+
+
+def test_damaged_photos_and_wrong_sizes_are_named(tmp_path, capsys):
+    root = miniatures.ade20k_full(tmp_path)
+    photo = root / "images/ADE/training/urban/street/ADE_train_00000001.jpg"
+    photo.write_bytes(photo.read_bytes()[:-30])
+    miniatures.photo(root / "images/ADE/training/nature/ADE_frame_00000007.jpg", height=3, width=2)
+    assert prepare(tmp_path, "--split", "train") == 1
+    errors = capsys.readouterr().err
+    assert "ADE_train_00000001.jpg" in errors
+    assert "ADE_frame_00000007_seg.png: is 3 wide and 2 high, but " in errors
+    assert errors.count("fault: ") == 2
+    assert not (root / "annotations_detectron2").exists()
+
+
+def test_an_index_without_images_of_a_split_is_a_fault(tmp_path, capsys):
+    root = miniatures.ade20k_full(tmp_path, index={"filename": ["a.jpg"], "folder": ["b"]})
+    assert prepare(tmp_path, "--split", "val") == 1
+    assert f"fault: {root}/index_ade20k.pkl: lists no image of the split val\n" in capsys.readouterr().err
