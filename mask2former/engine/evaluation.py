@@ -113,7 +113,8 @@ def _gather(part: Any) -> list[Any]:
     if world_size() == 1:
         return [part]
     gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(part, gathered)
+    with torch.inference_mode(False):  # PyTorch 2.4 refuses to fill tensors of that mode
+        dist.gather_object(part, gathered)
     return gathered or []
 
 

@@ -322,7 +322,7 @@ class Trainer:
                 signal.signal(signum, handler)
 
     def _interruption(self, saved_as: str) -> TrainingInterrupted:
-        signum = self._signal[0] if self._signal else signal.SIGINT  # or another process got it
+        signum = self._signal[0] if self._signal else signal.SIGTERM  # another process got it alone, so no Ctrl-C
         return TrainingInterrupted(signum, f"{saved_as}.pth")
 
 

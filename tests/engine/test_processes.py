@@ -140,9 +140,9 @@ def test_a_signal_to_one_process_lets_the_first_save(tiny):
     environment = {"DIE": "stop:1:1", "SAVE_SECONDS": "8"}
     result = tiny.run("--num-gpus", "2", environment=environment, **{**ITERATIONS, "SOLVER__MAX_ITER": 9})
     assert result.code == 143, result.text
-    assert "everything so far is in model_0000001.pth" in result.text
+    assert "stopped by SIGTERM; everything so far is in model_0000002.pth" in result.text
     assert "died" not in result.text
-    assert torch.load(result.folder / "model_0000001.pth")["iteration"] == 1
+    assert torch.load(result.folder / "model_0000002.pth")["iteration"] == 2
 
 
 @pytest.mark.slow
