@@ -129,7 +129,7 @@ def test_whole_model_gradients_are_clipped(tiny_cfg):
 
     def watch(*args, **kwargs):
         grads = [p.grad for p in step.model.parameters()]
-        norms.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
+        norms.append(torch.cat([grad.flatten() for grad in grads]).double().norm().item())
         return update(*args, **kwargs)
 
     step.optimizer.step = watch

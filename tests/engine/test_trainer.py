@@ -97,7 +97,7 @@ def test_the_whole_models_gradient_is_clipped(tiny):
 
     batch = next(iter(build_train_loader(trainer.cfg, seed=1)))
     trainer.step.run(batch, 0, seed=1)
-    norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
+    norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).double().norm()
     assert norm.item() == pytest.approx(0.01, rel=1e-4)
 
 
