@@ -120,10 +120,6 @@ def _runs_on_device(index: int | None) -> bool:
     return extension.runs_on(torch.cuda.get_device_capability(index))
 
 
-# Asked while a graph is traced, it is a fact of the machine, not a part of the graph.
-_device_is_covered = torch.compiler.assume_constant_result(_runs_on_device)
-
-
 def _capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
@@ -140,3 +136,7 @@ def _devices() -> str:
 
 
 extension = load()
+
+# Asked while a graph is traced, it is a fact of the machine, not a part of the graph. Saying so imports PyTorch's
+# compiler, which takes seconds; without the CUDA kernel nobody asks.
+_device_is_covered = torch.compiler.assume_constant_result(_runs_on_device) if extension.archs else _runs_on_device
