@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from mask2former import checkpoint
+from mask2former import atomic_files
 from mask2former.build import build_model
 from mask2former.checkpoint import (
     ModelDescription,
@@ -165,7 +165,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(atomic_files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         save_model_file(file, model, describe(notes={"new": 1}))
     assert [p.name for p in file.parent.iterdir()] == [file.name]
@@ -176,7 +176,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "fsync", interrupt)
+    monkeypatch.setattr(atomic_files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "a.png", b"abc")
     assert not list(tmp_path.iterdir())
@@ -191,7 +191,7 @@ def test_data_are_on_disk_before_the_name_changes(tmp_path: Path, monkeypatch: p
         status = os.fstat(descriptor)
         seen.append(("folder" if stat.S_ISDIR(status.st_mode) else status.st_size, target.read_bytes()))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", look)
+    monkeypatch.setattr(atomic_files.os, "fsync", look)
     with target.open("rb") as reader:  # who has the old file open keeps it
         write_atomically(target, b"newer")
         assert reader.read() == b"old"
