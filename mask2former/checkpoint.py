@@ -80,14 +80,14 @@ class WeightReport:
         if self.naming != "published":
             lines[0] += f", renamed from the names of {self.naming}"
         shapes = [f"{m.name} {m.in_file} in the file, {m.in_model} in the model" for m in self.mismatched]
-        for title, names in (
-            ("not in the file", self.missing),
-            ("not in the model", self.unexpected),
-            ("of another shape", shapes),
-            ("needless", self.unused),
+        for title, names, limit in (
+            ("not in the file", self.missing, 20),
+            ("not in the model", self.unexpected, 20),
+            ("of another shape", shapes, 20),
+            ("left out, which no model here has and needs", self.unused, 3),
         ):
             if names:
-                lines.append(f"{len(names)} {title}: {shortened(names)}")
+                lines.append(f"{len(names)} {title}: {shortened(names, limit)}")
         return "\n  ".join(lines)
 
 

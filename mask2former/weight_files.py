@@ -9,6 +9,7 @@ import json
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ _BROKEN_PICKLE = (
     RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
 )
 
 
@@ -98,11 +100,21 @@ def state_dict_of(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     Raises:
         ValueError: if a name is no string, or a value no array or tensor of numbers.
     """
-    inner = content["model"] if isinstance(content.get("model"), Mapping) else content
+    inner = content["model"] if _is_wrapped(content) else content
     if not all(isinstance(name, str) for name in inner):
         raise ValueError(f"{where} must hold tensors by name, got names that are no strings")
     cut = len("module.") if inner and all(name.startswith("module.") for name in inner) else 0
     return {name[cut:]: _as_tensor(name, value, where) for name, value in inner.items()}
+
+
+def other_entries(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """What `read_weights` gives besides a state dict: names of entries, such as the state of an optimizer."""
+    known = ("model", "__author__", "matching_heuristics")
+    return tuple(str(name) for name in content if name not in known) if _is_wrapped(content) else ()
+
+
+def _is_wrapped(content: Mapping[str, Any]) -> bool:
+    return isinstance(content.get("model"), Mapping)
 
 
 def write_weights(
@@ -163,6 +175,8 @@ def _read_shards(path: Path) -> dict[str, Any]:
     """The tensors of all files that an index of transformers names; they lie next to it."""
     try:
         files = json.loads(path.read_bytes())["weight_map"]
+        if not all(isinstance(file, str) for file in files.values()):
+            raise TypeError("names of files must be strings")
         wanted = {file: {name for name in files if files[name] == file} for file in sorted(set(files.values()))}
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no index of a checkpoint in several files, or is damaged: {error!r}") from error
