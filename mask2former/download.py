@@ -52,7 +52,7 @@ def cache_folder() -> Path:
 
 def has_hash(path: Path, sha256_prefix: str) -> bool:
     """Whether a file is there and its SHA-256, in hexadecimal, begins so."""
-    return path.is_file() and _hash_of(path).startswith(sha256_prefix)
+    return path.is_file() and str(_digest_of(path)[0].hexdigest()).startswith(sha256_prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +164,12 @@ class Download:
             _NetworkError: if there was no answer, or not all of it; the file has what arrived.
             DownloadError: if the server refuses.
         """
-        with self._part.open("a+b") as file:
+        digest, size = _digest_of(self._part) if self._part.exists() else (hashlib.sha256(), 0)
+        response, start = self._answer(size)
+        if start == 0:
             digest = hashlib.sha256()
-            file.seek(0)
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-            response, start = self._answer(file.tell())
-            with response:
-                if start == 0:
-                    digest = hashlib.sha256()
-                    file.truncate(0)  # all writes append
-                self._append(response, file, digest, start)
+        with response, self._part.open("ab" if start else "wb") as file:
+            self._append(response, file, digest, start)
             file.flush()
             os.fsync(file.fileno())  # before it gets its name
         return digest.hexdigest(), start > 0
@@ -194,9 +189,7 @@ class Download:
             raise _NetworkError(f"the server closed the connection {_megabytes(total - done)} early", has_begun=True)
 
     def _answer(self, start: int) -> tuple[Any, int]:
-        """The response to a request for the bytes from ``start`` on, and the place that it really begins at, ``start``
-        or 0.
-        """
+        """The response to a request for the bytes from ``start`` on, and where it begins: there, or at 0."""
         wanted = {"Range": f"bytes={start}-"} if start else {}
         request = urllib.request.Request(self.url, headers={"User-Agent": "mask2former", **wanted})
         try:
@@ -212,12 +205,7 @@ class Download:
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise _NetworkError(_reason(error), has_begun=False) from error
-        if not start or response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            return response, 0
-        if response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            return response, start
-        response.close()  # another part of the file than was asked for
-        return self._answer(0)
+        return response, start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
 
 
 def _chunk_of(response: Any) -> bytes:
@@ -234,12 +222,14 @@ def _reason(error: Exception) -> str:
     return text or type(cause).__name__
 
 
-def _hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
+def _digest_of(path: Path) -> tuple[Any, int]:
+    """SHA-256 of a file, as an object that takes more, and its size."""
+    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    return digest.hexdigest()
+            size += len(chunk)
+    return digest, size
 
 
 def _megabytes(size: int) -> str:

@@ -122,7 +122,7 @@ def test_server_without_ranges_starts_over(server: FileServer, tmp_path: Path) -
     assert [wanted for _, wanted in server.requests] == ["", "bytes=400000-", "bytes=1-"]
 
 
-def test_server_that_sends_another_range_is_asked_for_all(server: FileServer, tmp_path: Path) -> None:
+def test_server_that_sends_another_part_is_asked_for_all(server: FileServer, tmp_path: Path) -> None:
     server.range_shift = 7
     wanted = of(server, tmp_path)
     leave_part(wanted, CONTENT[:1000])
@@ -221,6 +221,7 @@ def test_without_network(tmp_path: Path) -> None:
         f"{url} cannot be reached (Connection refused): check the connection, or get the file elsewhere and put it at "
         f"{path}"
     )
+    assert left_in(tmp_path) == {}
 
 
 def test_full_disk_keeps_what_has_room(server: FileServer, tmp_path: Path) -> None:
