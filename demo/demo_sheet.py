@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from demo_inputs import CommandError
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class ContactSheet:
     """
 
     def __init__(self, heading: str, next_path: Callable[[], Path], per_page: int = PER_PAGE) -> None:
-        self.pages: list[Path] = []
+        self._pages: list[Path] = []
         self._heading, self._next_path, self._per_page = heading, next_path, per_page
         self._entries: list[_Entry] = []
 
@@ -46,7 +47,7 @@ class ContactSheet:
         """Add a picture; a page that is full is written once there is a picture for the next one.
 
         Raises:
-            OSError: if the page cannot be written.
+            CommandError: if the page cannot be written.
         """
         if len(self._entries) == self._per_page:
             self._write()
@@ -54,24 +55,28 @@ class ContactSheet:
         picture.thumbnail((_WIDTH, _LARGEST_HEIGHT), Image.Resampling.LANCZOS)
         self._entries.append(_Entry(picture, name, caption))
 
-    def close(self) -> None:
-        """Write the last page. A single picture needs no sheet.
+    def close(self) -> list[Path]:
+        """Write the last page; returns all pages. A single picture needs no sheet.
 
         Raises:
-            OSError: if the page cannot be written.
+            CommandError: if the page cannot be written.
         """
-        if self.pages or len(self._entries) > 1:
+        if self._pages or len(self._entries) > 1:
             self._write()
+        return self._pages
 
     def _write(self) -> None:
         from mask2former.checkpoint import write_atomically
 
         full = len(self._entries) == self._per_page
-        heading = f"{self._heading}, page {len(self.pages) + 1}" if self.pages or full else self._heading
+        heading = f"{self._heading}, page {len(self._pages) + 1}" if self._pages or full else self._heading
         path, buffer = self._next_path(), io.BytesIO()
         _page(self._entries, heading).save(buffer, format="PNG")
-        write_atomically(path, buffer.getvalue())
-        self.pages.append(path)
+        try:
+            write_atomically(path, buffer.getvalue())
+        except OSError as error:
+            raise CommandError(f"cannot write the contact sheet {path}: {error.strerror}") from error
+        self._pages.append(path)
         self._entries = []
 
 
@@ -104,11 +109,11 @@ def _columns(count: int) -> int:
 
 
 def _paste(page: Image.Image, picture: Image.Image, corner: tuple[int, int], height: int) -> None:
-    """Put a picture into the middle of a cell of this height, as large as it goes but not above twice its size."""
+    """Put a picture into the lower left of a cell of this height, as large as it goes but not above twice its size."""
     scale = min(_WIDTH / picture.width, height / picture.height, 2.0)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     fitted = picture.resize(size, Image.Resampling.LANCZOS)
-    page.paste(fitted, (corner[0] + (_WIDTH - size[0]) // 2, corner[1] + (height - size[1]) // 2))
+    page.paste(fitted, (corner[0], corner[1] + height - size[1]))
 
 
 def _write_text(

@@ -56,7 +56,8 @@ class Window:
         try:
             gui.namedWindow(_NAME, _RESIZABLE)
         except cv2.error as error:
-            raise CommandError(f"OpenCV cannot open a window ({error}); name a folder for the results: --output DIR") from error
+            reason = f"OpenCV cannot open a window ({error})"
+            raise CommandError(f"{reason}; name a folder for the results: --output DIR") from error
 
     def __enter__(self) -> Window:
         return self
