@@ -242,7 +242,7 @@ def truncated(path: Path) -> Path:
 def test_a_truncated_file_gives_its_frames_and_then_an_error(tmp_path: Path) -> None:
     done = 0
     path = truncated(tmp_path / "video.avi")
-    with pytest.raises(ValueError, match="breaks off after .* of 50 frames") as raised, read_video(path) as video:
+    with pytest.raises(ValueError, match=r"breaks off after .* of 50 frames") as raised, read_video(path) as video:
         for _ in video:
             done += 1
     assert 5 < done < 30
