@@ -1,6 +1,6 @@
 """From the prediction of one image to the results that a config asks for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -61,14 +61,34 @@ def predict_image(
     Returns:
         Class logits (Q, K + 1) and mask logits (Q, h', w') of the last layer, and the way to the wanted size.
     """
-    batch = model.batch_images([image])
+    return predict_images(model, [image], [output_size])[0]
+
+
+def predict_images(
+    model: Mask2Former, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]]
+) -> list[tuple[MaskPrediction, MaskGeometry]]:
+    """Predict from several images together.
+
+    Images of one size get what `predict_image` gives each of them, up to rounding. If the sizes differ, smaller images
+    are padded, which changes their predictions.
+
+    Args:
+        model: in evaluation mode.
+        images: (3, h_i, w_i) in 0..255, at least one.
+        output_sizes: (height, width) of each wanted result.
+
+    Returns:
+        For each image what `predict_image` returns.
+    """
+    batch = model.batch_images(images)
     final = model.predict(batch, all_layers=False)[-1]
-    geometry = MaskGeometry(
-        canvas=(batch.shape[2], batch.shape[3]),
-        image_size=(image.shape[1], image.shape[2]),
-        output_size=output_size,
-    )
-    return MaskPrediction(final.class_logits[0], final.mask_logits[0]), geometry
+    canvas = (batch.shape[2], batch.shape[3])
+    geometries = [
+        MaskGeometry(canvas, (image.shape[1], image.shape[2]), size)
+        for image, size in zip(images, output_sizes, strict=True)
+    ]
+    predictions = map(MaskPrediction, final.class_logits, final.mask_logits)
+    return list(zip(predictions, geometries, strict=True))
 
 
 def image_result(

@@ -1,20 +1,33 @@
-"""From a picture to its panoptic, instance or semantic segmentation."""
+"""From a picture to its panoptic, instance or semantic segmentation.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+    predictor = Predictor.from_file("model.safetensors", device="cuda", dtype=torch.bfloat16)
+    result = predictor("street.jpg", "panoptic")
+    for segment in result.segments:
+        print(segment.id, segment.name, segment.score, segment.area)
+    result.to_png("street.png")
+    entry = result.to_coco_json(image_id=7, file_name="street.png")
+    drawing = result.draw("street.jpg")
+
+    several = predictor.batch(["a.jpg", "b.png"], "instance", threshold=0.5)
+    everything = predictor.all_tasks("street.jpg")  # {"panoptic": ..., "instance": ..., "semantic": ...}
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from torch import Tensor
 
 from mask2former.checkpoint import TASKS, PredictionSettings, Task, check_threshold, load_model_file
 from mask2former.data.augmentations import ResizeShortestEdge
 from mask2former.data.catalog import Category
-from mask2former.data.images import read_image
-from mask2former.inference import predict_image
+from mask2former.data.images import Picture, as_rgb
+from mask2former.inference import predict_images
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     MaskGeometry,
@@ -23,72 +36,40 @@ from mask2former.modeling.postprocessing import (
     semantic_segmentation,
 )
 from mask2former.modeling.structures import MaskPrediction
+from mask2former.results import InstancePicture, PanopticPicture, PictureResult, Segment, SemanticPicture
 
-Picture = NDArray[Any] | Image.Image | str | Path
-"""Array (H, W, 3) RGB, (H, W) or (H, W, 1) grey, (H, W, 4) with alpha, uint8 or uint16; image; or its file."""
+__all__ = [
+    "BATCH_PIXELS",
+    "InstancePicture",
+    "PanopticPicture",
+    "Picture",
+    "PictureResult",
+    "Predictor",
+    "Segment",
+    "SemanticPicture",
+    "as_rgb",
+]
 
+BATCH_PIXELS = 1 << 22
+"""What `Predictor.batch` gives the model at a time, as it sees it: four pictures of 1024 x 1024."""
 
-@dataclass(frozen=True)
-class Segment:
-    """One segment of a panoptic result.
-
-    Attributes:
-        id: its value in the id map, from 1.
-        category_id: contiguous class index.
-        name: of the category.
-        is_thing: a countable object; otherwise stuff.
-        score: class probability in [0, 1].
-        area: pixels.
-    """
-
-    id: int
-    category_id: int
-    name: str
-    is_thing: bool
-    score: float
-    area: int
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, eq=False)
-class PanopticPicture:
-    """Panoptic segmentation: ``ids`` (H, W) int32, 0 where nothing is; ``segments`` in order of the ids."""
+class _Resized(NamedTuple):
+    """A picture on its way into the model: its place in the batch, (3, h, w) uint8, and its own (height, width)."""
 
-    ids: NDArray[np.int32]
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class InstancePicture:
-    """Instances, best score first.
-
-    Attributes:
-        labels: (N,) int64 contiguous class index.
-        names: of the categories, N.
-        scores: (N,) float32 in [0, 1].
-        masks: (N, H, W) bool.
-        boxes: (N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; 0 for an empty mask.
-    """
-
-    labels: NDArray[np.int64]
-    names: tuple[str, ...]
-    scores: NDArray[np.float32]
-    masks: NDArray[np.bool_]
-    boxes: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class SemanticPicture:
-    """Semantic segmentation: ``labels`` (H, W) int32 contiguous class index; ``names`` of all K classes."""
-
-    labels: NDArray[np.int32]
-    names: tuple[str, ...]
-
-
-PictureResult = PanopticPicture | InstancePicture | SemanticPicture
+    place: int
+    planes: Tensor
+    size: tuple[int, int]
 
 
 class Predictor:
-    """Segments pictures one by one. It never changes after it was made: threads may share one."""
+    """Segments pictures. It never changes after it was made: threads may share one.
+
+    Every call is without gradients and in the predictor's own ``dtype``, also where the caller has switched on
+    gradients or autocast; the caller's modes stay as they are.
+    """
 
     def __init__(
         self,
@@ -100,6 +81,7 @@ class Predictor:
         longest: int = 1333,
         image_format: str = "RGB",
         device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
         object_mask_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
         top_k: int = 100,
@@ -113,6 +95,9 @@ class Predictor:
             categories: of the K classes, in the order of the contiguous ids.
             image_format: channel order that the model takes, "RGB" or "BGR".
             device: where to compute.
+            dtype: what the model computes in: `torch.float32`; or `torch.bfloat16` or `torch.float16`, in which the
+                backbone's and the transformer decoder's matrix products and convolutions run (autocast). Weights, the
+                pixel decoder, normalisations and post-processing stay float32. On a CPU float16 works but is slow.
             tasks, shortest, longest, object_mask_threshold, overlap_threshold, top_k, score_threshold,
                 semantic_resize_first: see `PredictionSettings`.
 
@@ -127,8 +112,11 @@ class Predictor:
             )
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
         self.categories = tuple(categories)
         self.image_format = image_format
+        self.dtype = dtype
         self.settings = PredictionSettings(
             tasks=tuple(tasks),
             shortest=shortest,
@@ -143,12 +131,19 @@ class Predictor:
         self._resize = ResizeShortestEdge(shortest=shortest, longest=longest)
 
     @classmethod
-    def from_file(cls, path: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> "Predictor":
+    def from_file(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        dtype: torch.dtype = torch.float32,
+        **overrides: Any,
+    ) -> "Predictor":
         """From a model file, see `mask2former.checkpoint.save_model_file`.
 
         Args:
             path: the file.
-            device: where to compute.
+            device, dtype: where and in what to compute, see `Predictor`.
             **overrides: of the file's `PredictionSettings`.
 
         Raises:
@@ -163,6 +158,7 @@ class Predictor:
             categories=description.categories,
             image_format=description.image_format,
             device=device,
+            dtype=dtype,
             **vars(settings),
         )
 
@@ -172,7 +168,7 @@ class Predictor:
         """Segment one picture.
 
         Args:
-            image: of any size, see `Picture`.
+            image: of any size, in any form that `as_rgb` takes.
             task: "panoptic", "instance" or "semantic"; None: the first of ``settings.tasks``. Instances are
                 things only, also of a model that knows stuff.
             threshold: in [0, 1]; instead of the settings' object mask threshold (panoptic) or score threshold
@@ -186,23 +182,60 @@ class Predictor:
             ValueError: if the image cannot be read, the model is not for the task, or the threshold is out of
                 range or given for semantic segmentation, which has none.
         """
-        task = self.settings.tasks[0] if task is None else task
-        if task not in self.settings.tasks:
-            raise ValueError(f"task must be one of {', '.join(self.settings.tasks)}, got {task!r}")
-        if threshold is not None:
-            check_threshold("threshold", threshold)
-            if task == "semantic":
-                raise ValueError(f"threshold must be None for semantic segmentation, got {threshold}")
-        prediction, geometry = self._predict(as_rgb(image))
-        with torch.inference_mode():
-            if task == "panoptic":
-                return self._panoptic(prediction, geometry, threshold)
-            if task == "instance":
-                return self._instance(prediction, geometry, threshold)
-            return self._semantic(prediction, geometry)
+        task = self._checked_task(task, threshold)
+        with self._own_modes():
+            return self._result(*self._predict_one(image), task, threshold)
+
+    def all_tasks(self, image: Picture) -> dict[Task, PictureResult]:
+        """Segment one picture for all tasks of the model, which runs once.
+
+        Args:
+            image: as in a call.
+
+        Returns:
+            What a call gives for each of ``settings.tasks``, in their order.
+
+        Raises:
+            FileNotFoundError, ValueError: as a call.
+        """
+        with self._own_modes():
+            prediction, geometry = self._predict_one(image)
+            return {task: self._result(prediction, geometry, task, None) for task in self.settings.tasks}
+
+    def batch(
+        self, images: Iterable[Picture], task: Task | None = None, *, threshold: float | None = None
+    ) -> list[PictureResult]:
+        """Segment several pictures, of any sizes.
+
+        Pictures go through the model together where they have one size after the resize, at most `BATCH_PIXELS` at a
+        time. So none is padded because of another, and each result is that of a call alone: of the same shape, with
+        numbers that differ by rounding. Rounding may decide a pixel, or whether a segment is kept, where the model is
+        undecided.
+
+        Args:
+            images: read one after the other, so that an iterator may hold more than fits into memory.
+            task, threshold: as in a call, of all pictures.
+
+        Returns:
+            The results, in the order of the pictures.
+
+        Raises:
+            FileNotFoundError: if a picture names no file.
+            ValueError: as in a call; or if ``images`` is a single picture. Says which picture it is.
+        """
+        one = isinstance(images, str) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        if one or not isinstance(images, Iterable):
+            raise ValueError(f"images must be several pictures, such as a list, got one {type(images).__name__}")
+        task = self._checked_task(task, threshold)
+        results: dict[int, PictureResult] = {}
+        for group in _groups_of_one_size(self._resized(images)):
+            with self._own_modes():
+                for picture, prediction in zip(group, self._predict(group), strict=True):
+                    results[picture.place] = self._result(*prediction, task, threshold)
+        return [results[place] for place in sorted(results)]
 
     def draw(self, image: Picture, result: PictureResult) -> NDArray[np.uint8]:
-        """Draw a result over its picture; needs OpenCV.
+        """Draw a result over its picture, as ``result.draw(image)`` does; needs OpenCV.
 
         Args:
             image: the picture that was segmented.
@@ -214,91 +247,89 @@ class Predictor:
         Raises:
             ValueError: if the sizes differ.
         """
-        from mask2former.visualizer import Visualizer  # OpenCV is needed nowhere else
+        return result.draw(image)
 
-        visualizer, pixels = Visualizer(self.categories), as_rgb(image)
-        if isinstance(result, PanopticPicture):
-            return visualizer.draw_panoptic(pixels, result.ids, result.segments)
-        if isinstance(result, InstancePicture):
-            return visualizer.draw_instances(pixels, result.labels, result.scores, result.masks)
-        return visualizer.draw_semantic(pixels, result.labels, ignore_label=-1)
+    def _checked_task(self, task: Task | None, threshold: float | None) -> Task:
+        task = self.settings.tasks[0] if task is None else task
+        if task not in self.settings.tasks:
+            raise ValueError(f"task must be one of {', '.join(self.settings.tasks)}, got {task!r}")
+        if threshold is not None:
+            check_threshold("threshold", threshold)
+            if task == "semantic":
+                raise ValueError(f"threshold must be None for semantic segmentation, got {threshold}")
+        return task
 
-    @torch.inference_mode()
-    def _predict(self, pixels: NDArray[np.uint8]) -> tuple[MaskPrediction, MaskGeometry]:
-        """Class logits (Q, K + 1) and mask logits (Q, h, w) of the image, and the way back to its size."""
+    @contextmanager
+    def _own_modes(self) -> Iterator[None]:
+        """Both are of the thread alone."""
+        with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
+            yield
+
+    def _predict_one(self, image: Picture) -> tuple[MaskPrediction, MaskGeometry]:
+        return self._predict([self._resize_picture(0, image)])[0]
+
+    def _predict(self, pictures: Sequence[_Resized]) -> list[tuple[MaskPrediction, MaskGeometry]]:
+        """Class logits (Q, K + 1) and mask logits (Q, h, w) of pictures of one size, and the way back to their own."""
+        images, sizes = [picture.planes for picture in pictures], [picture.size for picture in pictures]
+        if self.dtype is torch.float32:
+            return predict_images(self.model, images, sizes)
+        # the cache of converted weights is one for all threads, and each weight is used about once
+        with torch.autocast(self.model.device.type, dtype=self.dtype, cache_enabled=False):
+            return predict_images(self.model, images, sizes)
+
+    def _resized(self, images: Iterable[Picture]) -> Iterator[_Resized]:
+        for place, image in enumerate(images):
+            try:
+                picture = self._resize_picture(place, image)
+            except ValueError as error:
+                raise ValueError(f"images[{place}]: {error}") from error
+            yield picture
+
+    def _resize_picture(self, place: int, image: Picture) -> _Resized:
+        pixels = as_rgb(image)
         resized = self._resize(pixels)
         channels = resized if self.image_format == "RGB" else resized[..., ::-1]
         planes = torch.from_numpy(channels.transpose(2, 0, 1).copy())  # (3, h, w)
-        return predict_image(self.model, planes, (pixels.shape[0], pixels.shape[1]))
+        return _Resized(place, planes, (pixels.shape[0], pixels.shape[1]))
 
-    def _panoptic(
-        self, prediction: MaskPrediction, geometry: MaskGeometry, threshold: float | None
-    ) -> PanopticPicture:
+    def _result(
+        self, prediction: MaskPrediction, geometry: MaskGeometry, task: Task, threshold: float | None
+    ) -> PictureResult:
         settings = self.settings
-        result = panoptic_segmentation(
+        if task == "semantic":
+            scores = semantic_segmentation(*prediction, geometry, resize_first=settings.semantic_resize_first)
+            return SemanticPicture.from_scores(scores, self.categories)
+        is_thing = torch.tensor([category.is_thing for category in self.categories])  # (K,)
+        if task == "instance":
+            instances = instance_segmentation(
+                *prediction,
+                geometry,
+                top_k=settings.top_k,
+                is_thing=is_thing,
+                score_threshold=settings.score_threshold if threshold is None else threshold,
+            )
+            return InstancePicture.from_result(instances, self.categories)
+        segments = panoptic_segmentation(
             *prediction,
             geometry,
-            is_thing=self._is_thing(),
+            is_thing=is_thing,
             object_mask_threshold=settings.object_mask_threshold if threshold is None else threshold,
             overlap_threshold=settings.overlap_threshold,
         )
-        segments = tuple(
-            Segment(s.id, s.category_id, self.categories[s.category_id].name, s.is_thing, s.score, s.area)
-            for s in result.segments
-        )
-        return PanopticPicture(result.ids.cpu().numpy(), segments)
-
-    def _instance(
-        self, prediction: MaskPrediction, geometry: MaskGeometry, threshold: float | None
-    ) -> InstancePicture:
-        result = instance_segmentation(
-            *prediction,
-            geometry,
-            top_k=self.settings.top_k,
-            is_thing=self._is_thing(),
-            score_threshold=self.settings.score_threshold if threshold is None else threshold,
-        )
-        labels = result.labels.cpu().numpy()
-        return InstancePicture(
-            labels=labels,
-            names=tuple(self.categories[label].name for label in labels.tolist()),
-            scores=result.scores.cpu().numpy(),
-            masks=result.masks.cpu().numpy(),
-            boxes=result.boxes.cpu().numpy(),
-        )
-
-    def _semantic(self, prediction: MaskPrediction, geometry: MaskGeometry) -> SemanticPicture:
-        first = self.settings.semantic_resize_first
-        scores = semantic_segmentation(*prediction, geometry, resize_first=first)  # (K, H, W)
-        labels = scores.argmax(0).to(torch.int32).cpu().numpy()
-        return SemanticPicture(labels, tuple(category.name for category in self.categories))
-
-    def _is_thing(self) -> torch.Tensor:
-        return torch.tensor([category.is_thing for category in self.categories])  # (K,)
+        return PanopticPicture.from_result(segments, self.categories)
 
 
-def as_rgb(image: Picture) -> NDArray[np.uint8]:
-    """A picture in any accepted form as (H, W, 3) uint8 RGB.
-
-    Grey becomes three equal channels, transparency is dropped, 16 bits are scaled to 8, images and files are
-    turned upright as their EXIF data say.
-
-    Raises:
-        FileNotFoundError: if ``image`` names no file.
-        ValueError: if the file is no image, or shape or type are others.
-    """
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        image = np.asarray(image if image.mode.startswith(("I", "F")) else image.convert("RGB"))
-    if not isinstance(image, np.ndarray) or image.dtype.kind != "u" or image.dtype.itemsize > 2:
-        kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"image must be a uint8 or uint16 array, a PIL image or a path, got {kind}")
-    pixels = image[..., None] if image.ndim == 2 else image
-    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
-        raise ValueError(f"image must be (H, W) or (H, W, C) with C of 1, 3 or 4, got shape {image.shape}")
-    if pixels.dtype.itemsize == 2:
-        pixels = (pixels.astype(np.uint32) * 255 + 32767) // 65535  # rounded, as `read_image` does
-    pixels = pixels[..., :3].astype(np.uint8)
-    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+def _groups_of_one_size(pictures: Iterable[_Resized]) -> Iterator[list[_Resized]]:
+    """Pictures that the model sees in one size, together; no more than `BATCH_PIXELS` wait for others of their size."""
+    waiting: dict[tuple[int, ...], list[_Resized]] = {}
+    room = BATCH_PIXELS
+    for picture in pictures:
+        pixels = picture.planes[0].numel()
+        while waiting and pixels > room:
+            shape = max(waiting, key=lambda shape: len(waiting[shape]) * shape[1] * shape[2])
+            group = waiting.pop(shape)
+            room += len(group) * shape[1] * shape[2]
+            yield group
+        waiting.setdefault(tuple(picture.planes.shape), []).append(picture)
+        room -= pixels
+    yield from waiting.values()

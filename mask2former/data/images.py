@@ -1,5 +1,6 @@
-"""Image files to arrays."""
+"""Pictures in any form, and the images of data sets, to arrays."""
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from PIL import ExifTags, Image
 
 ImageFormat = Literal["RGB", "BGR"]
 T = TypeVar("T")
+Picture = NDArray[Any] | Image.Image | str | os.PathLike[str]
+"""An array, a Pillow image or a file; `as_rgb` says which of them."""
 
 _TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,10 +28,38 @@ _TRANSPOSE_BY_ORIENTATION = {
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-def read_image(path: str | Path, format: ImageFormat = "RGB") -> NDArray[np.uint8]:
-    """Reads a photo of any mode, turned upright as its EXIF data says.
+def as_rgb(image: Picture) -> NDArray[np.uint8]:
+    """A picture in any accepted form as RGB.
 
-    Grey becomes three equal channels, transparency is dropped, 16 bits are scaled to 8.
+    Accepted are arrays, uint8 or uint16 of any strides: (H, W, 3) RGB, (H, W) or (H, W, 1) grey, (H, W, 4) RGB with
+    alpha; and images and files of all modes but floating point. An image gives the frame that it stands at, a file
+    its first frame.
+
+    Grey becomes three equal channels, transparency is dropped, CMYK is converted without colour profiles. 16 bits
+    are scaled to 8 so that 65535 becomes 255, rounded; Pillow itself cuts off the low bits of coloured files with 16
+    bits a channel. Images and files are turned upright as their EXIF data say.
+
+    Returns:
+        (H, W, 3) uint8, a new array in C order.
+
+    Raises:
+        FileNotFoundError: if ``image`` names no file.
+        ValueError: if a file is no image or is damaged, or type, shape or values are others.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    if not isinstance(image, Image.Image):
+        return _array_pixels(image)
+    if 0 in image.size:
+        raise ValueError(f"image must have at least one pixel, got width and height {image.size}")
+    try:
+        return _rgb_pixels(image)
+    except READ_ERRORS as error:  # Pillow decodes at the first use
+        raise ValueError(f"image cannot be read: {error}") from error
+
+
+def read_image(path: str | os.PathLike[str], format: ImageFormat = "RGB") -> NDArray[np.uint8]:
+    """Reads a photo of any mode, as `as_rgb` does.
 
     Args:
         path: the file.
@@ -89,7 +120,7 @@ def read_panoptic_ids(path: str | Path) -> NDArray[np.int32]:
     return _read(path, _segment_ids)
 
 
-def _read(path: str | Path, convert: Callable[[Image.Image], T]) -> T:
+def _read(path: str | os.PathLike[str], convert: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path) as image:
             return convert(image)
@@ -109,6 +140,19 @@ def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
     if transpose is not None:
         image = image.transpose(transpose)
     return np.array(image)
+
+
+def _array_pixels(image: Any) -> NDArray[np.uint8]:
+    if not isinstance(image, np.ndarray) or image.dtype.kind != "u" or image.dtype.itemsize > 2:
+        kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"image must be a uint8 or uint16 array, a PIL image or a path, got {kind}")
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
+        raise ValueError(f"image must be (H, W) or (H, W, C) with C of 1, 3 or 4, got shape {image.shape}")
+    pixels = pixels[..., :3]
+    if pixels.shape[2] == 1:
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    return np.array(_scaled(pixels) if pixels.dtype.itemsize == 2 else pixels, np.uint8, order="C")
 
 
 def _label_pixels(image: Image.Image) -> NDArray[Any]:
@@ -148,10 +192,16 @@ def _in_colors(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """A 16-bit grey image (which Pillow may hold in 32 bits) scaled to 8."""
     values = np.asarray(image)
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"pixels of mode {image.mode} must be whole numbers in 0..65535")
-    scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
-    return Image.fromarray(scaled.astype(np.uint8))
+    whole = values.dtype.kind in "iu"
+    if not whole or values.min() < 0 or values.max() > 65535:
+        found = f"{values.min()} to {values.max()}" if whole else values.dtype
+        raise ValueError(f"pixels of mode {image.mode} must be whole numbers in 0..65535, got {found}")
+    return Image.fromarray(_scaled(values))
+
+
+def _scaled(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """0..65535 to 0..255, rounded."""
+    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -133,11 +133,11 @@ class InstanceAP:
         columns: dict[str, list[Any]] = {}
         if masks is not None or self._needs_masks:
             mask_array = self._checked_masks(masks, len(label_list), image_id)
-            columns["segmentation"] = _encode(mask_array)
+            columns["segmentation"] = encode_masks(mask_array)
         if boxes is not None or "bbox" in self.iou_types:
             columns["bbox"] = _checked_boxes(boxes, len(label_list)).tolist()
         if "boundary" in self.iou_types:
-            columns["boundary"] = _encode(mask_boundaries(mask_array, boundary_distance(mask_array.shape[1:])))
+            columns["boundary"] = encode_masks(mask_boundaries(mask_array, boundary_distance(mask_array.shape[1:])))
             self._find_truth_boundaries(image_id, self._size(image_id, mask_array))
         self.image_ids.append(image_id)
         self._seen.add(image_id)
@@ -153,7 +153,7 @@ class InstanceAP:
     def _find_truth_boundaries(self, image_id: int | str, size: tuple[int, int]) -> None:
         for annotation in self._annotations[image_id]:
             mask = mask_from_segmentation(annotation["segmentation"], *size)
-            (rle,) = _encode(mask_boundaries(mask[None], boundary_distance(size)))
+            (rle,) = encode_masks(mask_boundaries(mask[None], boundary_distance(size)))
             self._truth_boundaries[annotation["id"]] = {"boundary": rle}
 
     def _kept(self, scores: FloatArray) -> Sequence[int]:
@@ -258,8 +258,8 @@ class InstanceAP:
         return array
 
 
-def _encode(masks: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """(N, H, W) bool -> COCO's compressed RLE with text counts, as JSON holds them."""
+def encode_masks(masks: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """(N, H, W) bool -> COCO's compressed RLE with text counts, as JSON holds them: ``size`` (H, W) and ``counts``."""
     from pycocotools import mask as mask_api
 
     if len(masks) == 0:
