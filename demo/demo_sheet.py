@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -68,10 +69,11 @@ class ContactSheet:
     def _write(self) -> None:
         from mask2former.checkpoint import write_atomically
 
-        full = len(self._entries) == self._per_page
-        heading = f"{self._heading}, page {len(self._pages) + 1}" if self._pages or full else self._heading
+        heading, columns = self._heading, _columns(len(self._entries))
+        if self._pages or len(self._entries) == self._per_page:  # all pages alike
+            heading, columns = f"{heading}, page {len(self._pages) + 1}", _columns(self._per_page)
         path, buffer = self._next_path(), io.BytesIO()
-        _page(self._entries, heading).save(buffer, format="PNG")
+        _page(self._entries, heading, columns).save(buffer, format="PNG")
         try:
             write_atomically(path, buffer.getvalue())
         except OSError as error:
@@ -80,8 +82,7 @@ class ContactSheet:
         self._entries = []
 
 
-def _page(entries: Sequence[_Entry], heading: str) -> Image.Image:
-    columns = _columns(len(entries))
+def _page(entries: Sequence[_Entry], heading: str, columns: int) -> Image.Image:
     rows = -(-len(entries) // columns)
     # Cells of the usual shape of the pictures leave the least empty.
     shape = float(np.median([entry.picture.width / entry.picture.height for entry in entries]))
@@ -125,8 +126,8 @@ def _write_text(
     except (TypeError, ImportError):  # Pillow before 10.1, or built without FreeType: a small Latin font
         font = ImageFont.load_default()
         text = text.encode("latin-1", "replace").decode("latin-1")
-    shortened = text
-    while draw.textlength(shortened, font) > room:
-        text = text[:-1]
-        shortened = text.rstrip(" ,:") + "..."
-    draw.text(corner, shortened, fill=color, font=font)
+    if draw.textlength(text, font) > room:
+        lengths = range(len(text))
+        fitting = bisect_right(lengths, float(room), key=lambda n: draw.textlength(f"{text[:n]}...", font))
+        text = text[: max(0, fitting - 1)].rstrip(" ,:") + "..."
+    draw.text(corner, text, fill=color, font=font)

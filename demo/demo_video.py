@@ -150,7 +150,6 @@ def _drawer(segmenter: Segmenter) -> Callable[[NDArray[np.uint8]], NDArray[np.ui
         return lambda frame: segmenter.draw(frame, segmenter(frame))
 
     from mask2former.video import VideoSegmenter
-
     from mask2former.visualizer import Visualizer
 
     track, visualizer = VideoSegmenter(segmenter.predictor), Visualizer(segmenter.predictor.categories)
