@@ -1,6 +1,7 @@
 """Mask2Former: backbone, pixel decoder and transformer decoder (paper section 3)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class Mask2Former(nn.Module):
         Raises:
             AttributeError: if the transformer decoder is not this project's and has no ``predict_with_queries``.
         """
-        head = self.sem_seg_head
+        head: Any = self.sem_seg_head
         return head.predictor.predict_with_queries(head.pixel_features(self.backbone(batch)))
 
     def losses(
