@@ -145,14 +145,16 @@ def _drawings(
 
 
 def _drawer(segmenter: Segmenter) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
-    """Segments and draws a frame; panoptic segments keep their ids and colours from frame to frame."""
-    if segmenter.task != "panoptic":
+    """Segments and draws a frame; panoptic segments and instances keep their ids and colours from frame to frame."""
+    if segmenter.task == "semantic":
         return lambda frame: segmenter.draw(frame, segmenter(frame))
 
     from mask2former.video import VideoSegmenter
     from mask2former.visualizer import Visualizer
 
-    track, visualizer = VideoSegmenter(segmenter.predictor), Visualizer(segmenter.predictor.categories)
+    predictor = segmenter.predictor
+    track = VideoSegmenter(predictor, task=segmenter.task, threshold=segmenter.threshold)
+    visualizer = Visualizer(predictor.categories)
 
     def draw(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         result = track(frame)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -639,8 +640,14 @@ def test_a_video_into_a_file_of_any_kind(run: Callable[..., int], tmp_path: Path
         assert len(read_frames(tmp_path / "result.mp4")[1]) == 6
 
 
-def test_panoptic_videos_are_tracked(
-    run: Callable[..., int], tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("task", "threshold"), [("panoptic", None), ("panoptic", 0.6), ("instance", 0.3)])
+def test_videos_are_tracked(
+    run: Callable[..., int],
+    tmp_path: Path,
+    model_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: Literal["panoptic", "instance"],
+    threshold: float | None,
 ) -> None:
     """Every frame goes through one tracker, and is drawn as tracked."""
     drawn, real = [], Visualizer.draw_panoptic
@@ -650,9 +657,10 @@ def test_panoptic_videos_are_tracked(
         return drawn[-1]
 
     monkeypatch.setattr(Visualizer, "draw_panoptic", draw)
-    assert run("--video-input", save_video(tmp_path / "clip.mp4")) == 0
+    more = [] if threshold is None else ["--confidence-threshold", threshold]
+    assert run("--video-input", save_video(tmp_path / "clip.mp4"), "--task", task, *more) == 0
     assert len(read_frames(tmp_path / "out" / "clip.mp4")[1]) == 6
-    track = VideoSegmenter(predictor_module.Predictor.from_file(model_file))
+    track = VideoSegmenter(predictor_module.Predictor.from_file(model_file), task=task, threshold=threshold)
     visualizer = Visualizer(categories())
     for frame, drawing in zip(read_frames(tmp_path / "clip.mp4")[1], drawn, strict=True):
         result = track(frame)
