@@ -305,7 +305,7 @@ def test_full_disk(
         raise OSError(28, "No space left on device")
 
     path = save(tmp_path / "a.png")
-    monkeypatch.setattr("mask2former.checkpoint.os.fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     assert run("--input", path) == 1
     captured = capsys.readouterr()
     assert "demo: skipped" in captured.err
@@ -330,7 +330,7 @@ def test_interrupt(
             raise KeyboardInterrupt
         real(descriptor)
 
-    monkeypatch.setattr("mask2former.checkpoint.os.fsync", interrupt_second)
+    monkeypatch.setattr("os.fsync", interrupt_second)
     assert run("--input", tmp_path / "in") == 130
     assert "demo: interrupted" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["a.png"]
