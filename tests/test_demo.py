@@ -126,7 +126,10 @@ def test_unknown_model_file(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     done = process("--input", "a.png", "--output", "out", "--model", "none.safetensors", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip() == "demo: --model cannot be used: there is no file none.safetensors"
+    assert done.stderr.strip() == (
+        "demo: --model cannot be used: there is no file none.safetensors, and no published model of that name: "
+        "`python -m mask2former models` lists those"
+    )
 
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:
@@ -561,7 +564,9 @@ def test_a_name_that_is_no_model(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--input", save(tmp_path / "a.png"), "--model", "nonsense") == 2
-    assert "bundled are panoptic and nuclei, and python -m mask2former models" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--model cannot be used: there is no file nonsense" in error
+    assert error.endswith("; bundled are panoptic and nuclei\n")
 
 
 # ---- videos and cameras
