@@ -91,6 +91,16 @@ def predict_images(
     return list(zip(predictions, geometries, strict=True))
 
 
+def predict_image_with_queries(
+    model: Mask2Former, image: Tensor, output_size: tuple[int, int]
+) -> tuple[MaskPrediction, MaskGeometry, Tensor]:
+    """What `predict_image` returns, and the features (Q, C) of the queries, see `Mask2Former.predict_with_queries`."""
+    batch = model.batch_images([image])
+    prediction, queries = model.predict_with_queries(batch)
+    geometry = MaskGeometry((batch.shape[2], batch.shape[3]), (image.shape[1], image.shape[2]), output_size)
+    return MaskPrediction(prediction.class_logits[0], prediction.mask_logits[0]), geometry, queries[0]
+
+
 def image_result(
     prediction: MaskPrediction,
     geometry: MaskGeometry,

@@ -13,7 +13,7 @@
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from mask2former.checkpoint import TASKS, PredictionSettings, Task, check_thresh
 from mask2former.data.augmentations import ResizeShortestEdge
 from mask2former.data.catalog import Category
 from mask2former.data.images import Picture, as_rgb
-from mask2former.inference import predict_images
+from mask2former.inference import predict_image_with_queries, predict_images
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     MaskGeometry,
@@ -236,6 +236,28 @@ class Predictor:
                     results[picture.place] = self._result(*prediction, task, threshold)
         return [results[place] for place in sorted(results)]
 
+    def with_queries(
+        self, image: Picture, task: Task | None = None, *, threshold: float | None = None
+    ) -> tuple[PictureResult, NDArray[np.float32]]:
+        """Segment one picture, and tell by what each segment can be found again in another one.
+
+        Args:
+            image, task, threshold: as in a call.
+
+        Returns:
+            What a call gives, and the features (Q, C) of all queries, see `Mask2Former.predict_with_queries`; the
+            result's ``queries`` are their rows.
+
+        Raises:
+            FileNotFoundError, ValueError: as a call.
+        """
+        task = self._checked_task(task, threshold)
+        with self._own_modes():
+            picture = self._resize_picture(0, image)
+            with self._precision():
+                prediction, geometry, queries = predict_image_with_queries(self.model, picture.planes, picture.size)
+            return self._result(prediction, geometry, task, threshold), queries.float().cpu().numpy()
+
     def draw(self, image: Picture, result: PictureResult) -> NDArray[np.uint8]:
         """Draw a result over its picture, as ``result.draw(image)`` does; needs OpenCV.
 
@@ -273,11 +295,15 @@ class Predictor:
     def _predict(self, pictures: Sequence[_Resized]) -> list[tuple[MaskPrediction, MaskGeometry]]:
         """Class logits (Q, K + 1) and mask logits (Q, h, w) of pictures of one size, and the way back to their own."""
         images, sizes = [picture.planes for picture in pictures], [picture.size for picture in pictures]
+        with self._precision():
+            return predict_images(self.model, images, sizes)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """What the model runs in."""
         if self.dtype is torch.float32:
-            return predict_images(self.model, images, sizes)
+            return nullcontext()
         # the cache of converted weights is one for all threads, and each weight is used about once
-        with torch.autocast(self.model.device.type, dtype=self.dtype, cache_enabled=False):
-            return predict_images(self.model, images, sizes)
+        return torch.autocast(self.model.device.type, dtype=self.dtype, cache_enabled=False)
 
     def _resized(self, images: Iterable[Picture]) -> Iterator[_Resized]:
         for place, image in enumerate(images):

@@ -66,11 +66,13 @@ class PanopticPicture:
         ids: (H, W) int32, 0 where nothing is.
         segments: N, in the order of the ids.
         categories: of all K classes, in the order of the contiguous index.
+        queries: the model's queries that each segment was made from, N; several only for stuff. None if not known.
     """
 
     ids: NDArray[np.int32]
     segments: tuple[Segment, ...]
     categories: tuple[Category, ...]
+    queries: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def from_result(cls, result: PanopticResult, categories: tuple[Category, ...]) -> "PanopticPicture":
@@ -79,7 +81,8 @@ class PanopticPicture:
             Segment(s.id, s.category_id, categories[s.category_id].name, s.is_thing, s.score, s.area)
             for s in result.segments
         )
-        return cls(result.ids.cpu().numpy(), segments, categories)
+        queries = None if result.queries is None else tuple(tuple(numbers) for numbers in result.queries)
+        return cls(result.ids.cpu().numpy(), segments, categories, queries)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -190,6 +193,7 @@ class InstancePicture:
         masks: (N, H, W) bool; N x H x W bytes, which a score threshold keeps small.
         boxes: (N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; 0 for an empty mask.
         categories: of all K classes, in the order of the contiguous index.
+        queries: (N,) int64, the model's query that found each; None if not known.
     """
 
     labels: NDArray[np.int64]
@@ -197,6 +201,7 @@ class InstancePicture:
     masks: NDArray[np.bool_]
     boxes: NDArray[np.float32]
     categories: tuple[Category, ...]
+    queries: NDArray[np.int64] | None = None
 
     @classmethod
     def from_result(cls, result: InstanceResult, categories: tuple[Category, ...]) -> "InstancePicture":
@@ -207,6 +212,7 @@ class InstancePicture:
             masks=result.masks.cpu().numpy(),
             boxes=result.boxes.cpu().numpy(),
             categories=categories,
+            queries=None if result.queries is None else result.queries.cpu().numpy(),
         )
 
     @property

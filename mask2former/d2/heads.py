@@ -15,7 +15,7 @@ from mask2former.d2.registry import (
 )
 from mask2former.modeling.mask2former import SegmentationHead
 from mask2former.modeling.pixel_decoders import DeformablePixelDecoder
-from mask2former.modeling.structures import MaskPrediction, PixelFeatures
+from mask2former.modeling.structures import PixelFeatures
 from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder
 
 
@@ -82,6 +82,6 @@ class MaskFormerHead(SegmentationHead):
             "predictor": build_transformer_decoder(cfg, cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM),
         }
 
-    def forward(self, features: dict[str, Tensor], all_layers: bool | None = None) -> list[MaskPrediction]:
+    def pixel_features(self, features: dict[str, Tensor]) -> PixelFeatures:
         mask_features, _, levels = self.pixel_decoder.forward_features(features)
-        return self.predictor(PixelFeatures(mask_features, levels), all_layers)
+        return PixelFeatures(mask_features, levels)

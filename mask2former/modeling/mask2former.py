@@ -1,12 +1,13 @@
 """Mask2Former: backbone, pixel decoder and transformer decoder (paper section 3)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mask2former.modeling.criterion import SetCriterion
-from mask2former.modeling.structures import MaskPrediction, MaskTarget
+from mask2former.modeling.structures import MaskPrediction, MaskTarget, PixelFeatures
 
 
 class SegmentationHead(nn.Module):
@@ -25,7 +26,11 @@ class SegmentationHead(nn.Module):
 
     def forward(self, features: dict[str, Tensor], all_layers: bool | None = None) -> list[MaskPrediction]:
         """Backbone maps to predictions; ``all_layers`` as in the predictor."""
-        return self.predictor(self.pixel_decoder(features), all_layers)
+        return self.predictor(self.pixel_features(features), all_layers)
+
+    def pixel_features(self, features: dict[str, Tensor]) -> PixelFeatures:
+        """Backbone maps to what the transformer decoder takes."""
+        return self.pixel_decoder(features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # The first releases kept the pixel decoder directly in the head. Only names can tell: version numbers
@@ -124,6 +129,23 @@ class Mask2Former(nn.Module):
             Predictions, the last one final. Padding is not masked, as published.
         """
         return self.sem_seg_head(self.backbone(batch), all_layers)
+
+    def predict_with_queries(self, batch: Tensor) -> tuple[MaskPrediction, Tensor]:
+        """The final prediction of `predict`, and embeddings of what the queries found.
+
+        They change little while an object moves, so that they tell objects apart from frame to frame.
+
+        Args:
+            batch: (B, 3, H, W), see `batch_images`.
+
+        Returns:
+            The prediction and the normalised query features (B, Q, C) of the last layer.
+
+        Raises:
+            AttributeError: if the transformer decoder is not this project's and has no ``predict_with_queries``.
+        """
+        head: Any = self.sem_seg_head
+        return head.predictor.predict_with_queries(head.pixel_features(self.backbone(batch)))
 
     def losses(
         self,

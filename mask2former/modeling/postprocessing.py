@@ -63,10 +63,13 @@ class PanopticResult:
     Attributes:
         ids: (H, W) int32, 0 where nothing is.
         segments: in the order of their ids.
+        queries: of each segment the queries that it was made from, in their order; several only for merged stuff.
+            None if the result does not come from queries.
     """
 
     ids: Tensor
     segments: list[PanopticSegment]
+    queries: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,14 @@ class InstanceResult:
         scores: (N,) float32, class probability times mean mask probability.
         masks: (N, H, W) bool.
         boxes: (N, 4) float32 x0, y0, x1, y1 in pixels around the mask, x1 and y1 exclusive; 0 if it is empty.
+        queries: (N,) int64, the query of each; None if the result does not come from queries.
     """
 
     labels: Tensor
     scores: Tensor
     masks: Tensor
     boxes: Tensor
+    queries: Tensor | None = None
 
 
 @torch.no_grad()
@@ -147,17 +152,21 @@ def panoptic_segmentation(
     kept = ((labels != num_classes) & (scores > object_mask_threshold)).nonzero().squeeze(1)
     height, width = geometry.output_size
     if len(kept) == 0:
-        return PanopticResult(torch.zeros(height, width, dtype=torch.int32, device=mask_logits.device), [])
+        return PanopticResult(torch.zeros(height, width, dtype=torch.int32, device=mask_logits.device), [], [])
     scores, labels, mask_logits = scores[kept], labels[kept], mask_logits[kept]
 
     winner, winner_is_sure, own_area = _competition(scores, mask_logits, geometry)
     won_area = torch.bincount(winner.flatten(), minlength=len(kept))
     sure_area = torch.bincount(winner[winner_is_sure], minlength=len(kept))
-    numbers = torch.stack([labels, won_area, own_area, sure_area]).tolist()  # one copy to the host
+    *numbers, kept_queries = torch.stack([labels, won_area, own_area, sure_area, kept]).tolist()  # one copy to the host
     segments, new_ids = _build_segments(numbers, scores.tolist(), is_thing.tolist(), overlap_threshold)
     lookup = torch.tensor(new_ids, dtype=torch.int32, device=winner.device)
     ids = torch.where(winner_is_sure, lookup[winner], 0)
-    return PanopticResult(ids, segments)
+    queries: list[list[int]] = [[] for _ in segments]
+    for query, new_id in zip(kept_queries, new_ids, strict=True):
+        if new_id:
+            queries[new_id - 1].append(query)
+    return PanopticResult(ids, segments, queries)
 
 
 @torch.no_grad()
@@ -206,7 +215,7 @@ def instance_segmentation(
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] >= score_threshold]
     masks = masks[row[order]]
-    return InstanceResult(labels[order], scores[order], masks, masks_to_boxes(masks))
+    return InstanceResult(labels[order], scores[order], masks, masks_to_boxes(masks), query[order])
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:

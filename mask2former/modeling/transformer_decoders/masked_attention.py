@@ -86,8 +86,19 @@ class MaskedAttentionDecoder(nn.Module):
         Returns:
             The predictions, the last one final.
         """
-        if all_layers is None:
-            all_layers = self.training
+        return self._decode(features, self.training if all_layers is None else all_layers)[0]
+
+    def predict_with_queries(self, features: PixelFeatures) -> tuple[MaskPrediction, Tensor]:
+        """Predict, and give what the prediction was made from: an embedding of what each query has found.
+
+        Returns:
+            The final prediction, and the normalised features (B, Q, C) of the queries.
+        """
+        predictions, queries = self._decode(features, all_layers=False)
+        return predictions[-1], queries
+
+    def _decode(self, features: PixelFeatures, all_layers: bool) -> tuple[list[MaskPrediction], Tensor]:
+        """The predictions, the last one final, and the normalised queries (B, Q, C) of the last."""
         memory = [self._flatten_level(index, level) for index, level in enumerate(features.levels)]
         # resizing features or masks gives the same logits (both are linear), and there are fewer features
         constant = features.mask_features.detach()
@@ -118,7 +129,7 @@ class MaskedAttentionDecoder(nn.Module):
             queries = ffn(queries)
         normed = self.decoder_norm(queries)
         predictions.append(self._predict(normed, self.mask_embed(normed), features.mask_features))
-        return predictions
+        return predictions, normed
 
     def _flatten_level(self, index: int, level: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, S, C) of one level."""
