@@ -1,4 +1,6 @@
-"""Commands: ``python -m mask2former export`` writes a model file, ``data`` checks and prepares one's own data."""
+"""Commands: ``python -m mask2former export`` writes a model file, ``data`` checks and prepares one's own data, ``tile``
+segments a raster larger than memory.
+"""
 
 import argparse
 import sys
@@ -7,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mask2former.own_data.commands import add_data_commands
+from mask2former.tile_command import add_tile_command
 
 DTYPES = ("float16", "float32")
 
@@ -15,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mask2former", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_export, add_data_commands):
+    for add in (_add_export, add_data_commands, add_tile_command):
         add(commands)
     args = parser.parse_args(arguments)
     return int(args.run(args))
