@@ -38,7 +38,8 @@ def joined(parts: Sequence[Runs]) -> Runs:
     starts, stops = starts[order], stops[order]
     is_first = np.ones(len(starts), bool)
     is_first[1:] = starts[1:] != stops[:-1]
-    return Runs(starts[is_first], stops[np.append(is_first[1:], True)])
+    is_last = np.append(is_first[1:], True)[: len(stops)]
+    return Runs(starts[is_first], stops[is_last])
 
 
 def coco_counts(runs: Runs, pixels: int) -> str:

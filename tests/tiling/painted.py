@@ -75,6 +75,15 @@ class PaintedPredictor:
         return PaintedPanoptic(ids, segments)
 
 
+class ForgetfulPredictor(PaintedPredictor):
+    """Keeps none of the pictures."""
+
+    def __call__(self, *arguments, **options):
+        result = super().__call__(*arguments, **options)
+        self.calls.clear()
+        return result
+
+
 def canvas(height, width, background=None, bands=3):
     """(height, width, bands) uint8 of one stuff class, or of nothing."""
     picture = np.zeros((height, width, bands), np.uint8)
