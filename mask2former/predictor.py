@@ -97,7 +97,8 @@ class Predictor:
             device: where to compute.
             dtype: what the model computes in: `torch.float32`; or `torch.bfloat16` or `torch.float16`, in which the
                 backbone's and the transformer decoder's matrix products and convolutions run (autocast). Weights, the
-                pixel decoder, normalisations and post-processing stay float32. On a CPU float16 works but is slow.
+                pixel decoder and post-processing stay float32. A CPU without float16 instructions takes many times as
+                long in float16. docs/predictor.md has measured differences.
             tasks, shortest, longest, object_mask_threshold, overlap_threshold, top_k, score_threshold,
                 semantic_resize_first: see `PredictionSettings`.
 
@@ -213,7 +214,8 @@ class Predictor:
         undecided.
 
         Args:
-            images: read one after the other, so that an iterator may hold more than fits into memory.
+            images: read one after the other, so that an iterator may hold more than fits into memory; an array if it
+                is (N, H, W, C).
             task, threshold: as in a call, of all pictures.
 
         Returns:

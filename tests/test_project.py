@@ -17,7 +17,7 @@ import mask2former
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_FILE = 8_500_000
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "demo/README.md", ROOT / "datasets/README.md"])
-EXAMPLES = [ROOT / "README.md", ROOT / "docs/extending.md"]
+EXAMPLES = [ROOT / "README.md", ROOT / "docs/extending.md", ROOT / "docs/predictor.md"]
 
 
 def name_of(path):
