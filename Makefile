@@ -8,7 +8,7 @@ ENVIRONMENT = "$(PYTHON)" .ci/environment.py
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      segment the sample pictures, results in results/demo"
+	@echo "make demo      segment photos and microscope pictures, results in results/demo"
 	@echo "make train     train a small model on the sample pictures, results in results/train: some minutes"
 	@echo "make test      style, types and tests: some minutes"
 	@echo "make test-all  the same and the slow tests"
@@ -19,9 +19,19 @@ help:
 	@echo "PYTHON=...     another interpreter; one of a virtual environment is used as it is"
 	@echo "TORCH_SPEC=... what pip gets where PyTorch is missing, for example torch==2.9.1"
 
+NUCLEI = demo/models/nuclei.safetensors
+
 demo:
-	@python="$$($(ENVIRONMENT) requirements.txt)" && \
-	"$$python" demo/demo.py --input demo/pictures --output results/demo
+	@start="$$(date +%s)" && python="$$($(ENVIRONMENT) requirements.txt)" && \
+	echo "== photos" && \
+	"$$python" demo/demo.py --model panoptic --input demo/pictures --output results/demo/photos && \
+	if [ -f $(NUCLEI) ]; then \
+		echo "== microscope pictures" && \
+		"$$python" demo/demo.py --model nuclei --input demo/pictures/microscope --output results/demo/microscope; \
+	else \
+		echo "== no microscope pictures: this copy of the repository lacks $(NUCLEI)"; \
+	fi && \
+	echo "== $$(($$(date +%s) - start)) s in all; look at $$(ls results/demo/*/contact_sheet.png | tr '\n' ' ')"
 
 train:
 	@python="$$($(ENVIRONMENT) requirements.txt requirements-train.txt)" && \

@@ -19,6 +19,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--detectron2"]:
         print(detectron2_line())
         return 0
+    start = time.perf_counter()
     try:
         print(prepare(read_requirements(ROOT / name for name in arguments)))
+        say(f"ready after {time.perf_counter() - start:.1f} s")
     except EnvironmentUnusableError as error:
         say(str(error))
         return 1

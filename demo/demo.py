@@ -1,71 +1,81 @@
-"""Segments pictures and draws the result: ``python demo/demo.py --input photo.jpg --output results``.
+"""Segments pictures and videos and draws the result: ``python demo/demo.py --input photo.jpg --output results``.
 
-Exit codes: 0 all pictures done; 1 some could not be; 2 the command cannot be carried out; 130 interrupted.
+Exit codes: 0 all inputs done; 1 some could not be; 2 the command cannot be carried out; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib.util
 import io
-import os
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
+_HERE = Path(__file__).resolve().parent
+if str(_HERE) not in sys.path:  # it is where a program starts, but not where one is loaded
+    sys.path.append(str(_HERE))
 if importlib.util.find_spec("mask2former") is None:  # a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(_HERE.parent))
 
-if TYPE_CHECKING:
-    from mask2former.checkpoint import Task
-    from mask2former.predictor import PanopticPicture, PictureResult, Predictor
-
-DEFAULT_MODEL = Path(__file__).resolve().parent / "model.safetensors"
-PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# Without it a model shows its 100 best guesses, however bad.
-INSTANCE_THRESHOLD = 0.5
-_LISTED = 8
+from demo_inputs import CommandError, Video, check_folder, find_inputs, is_video, names_a_file  # noqa: E402
+from demo_models import BUNDLED, DEFAULT_MODEL, INSTANCE_THRESHOLD, Segmenter, load_segmenter  # noqa: E402
+from demo_pictures import segment_pictures  # noqa: E402
+from demo_results import Files, Results, Screen, plan_files  # noqa: E402
+from demo_window import Gui, Window, WindowClosedError, system_gui  # noqa: E402
 
 
-class CommandError(Exception):
-    """The command cannot be carried out as given; its text is for the user."""
+def main(arguments: Sequence[str] | None = None, *, gui: Gui | None = None) -> int:
+    """Run the demo; returns the exit code.
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
+    Args:
+        arguments: of the command line; None: of this process.
+        gui: opens windows; None: OpenCV.
+    """
     args = _parse(arguments)
     try:
-        return _run(args)
+        return _run(args, gui)
     except (CommandError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"demo: interrupted; the pictures in {args.output} so far are complete", file=sys.stderr)
+        kept = "" if args.output is None else f"; the results in {args.output} so far are complete"
+        print(f"demo: interrupted{kept}", file=sys.stderr)
         return 130
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Segments pictures and draws the result over them.",
+        description="Segments pictures, videos or what a camera sees, and draws the result over them.",
         epilog="Example: python demo/demo.py --input demo/pictures --output results",
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--input",
         nargs="+",
-        required=True,
+        default=[],
         metavar="PATH",
-        help="pictures, folders of pictures, patterns such as 'photos/*.jpg'",
+        help="pictures, videos, folders of them, patterns such as 'photos/*.jpg'",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the results")
-    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--video-input", metavar="FILE", help="a video, whatever its name ends in")
     source.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, metavar="FILE", help="model file (default: demo/model.safetensors)"
+        "--webcam", nargs="?", const=0, type=int, metavar="INDEX", help="a camera, default the first one, 0"
     )
-    source.add_argument("--config-file", type=Path, metavar="FILE", help="config instead; with --opts MODEL.WEIGHTS W")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="folder of the results; for one input also a picture or video file (default: a window shows them)",
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model",
+        metavar="MODEL",
+        help=f"model file, name of a published model, or a bundled one: {' or '.join(BUNDLED)} "
+        f"(default: {DEFAULT_MODEL})",
+    )
+    model.add_argument("--config-file", type=Path, metavar="FILE", help="config instead; with --opts MODEL.WEIGHTS W")
     parser.add_argument("--task", choices=("panoptic", "instance", "semantic"), help="default: the model's first")
     parser.add_argument(
         "--confidence-threshold",
@@ -85,6 +95,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.opts and args.config_file is None:
         parser.error("--opts changes a config, so it needs --config-file")
+    if args.webcam is not None and args.webcam < 0:
+        parser.error(f"--webcam must be at least 0, got {args.webcam}")
     threshold = args.confidence_threshold
     if threshold is not None and not 0 <= threshold <= 1:
         parser.error(f"--confidence-threshold must be in [0, 1], got {threshold}")
@@ -93,182 +105,65 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _run(args: argparse.Namespace) -> int:
-    pictures, problems = find_pictures(args.input)
-    if any(Path(p).is_dir() and os.path.realpath(p) == os.path.realpath(args.output) for p in args.input):
-        raise CommandError(f"--output must be another folder than the --input folder {args.output}")
+def _run(args: argparse.Namespace, gui: Gui | None) -> int:
+    pictures, videos, problems = _inputs(args)
+    if args.output is not None and not names_a_file(args.output):
+        check_folder(args.output, args.input)
     for problem in problems:
         print(f"demo: {problem}", file=sys.stderr)
-    if not pictures:
+    if not pictures and not videos:
         return 1
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot make the folder --output {args.output}: {error.strerror}") from error
-    if not os.access(args.output, os.W_OK):
-        raise CommandError(f"cannot write into the folder --output {args.output}")
-    predictor = _make_predictor(args)
-    task: Task = args.task or predictor.settings.tasks[0]
-    if task not in predictor.settings.tasks:
-        raise CommandError(f"--task must be one of {', '.join(predictor.settings.tasks)} with this model, got {task}")
-    threshold = args.confidence_threshold
-    if task == "semantic" and threshold is not None:
-        raise CommandError("--confidence-threshold has no meaning for semantic segmentation, the task of this model")
-    if task == "instance" and threshold is None:
-        threshold = predictor.settings.score_threshold or INSTANCE_THRESHOLD
-    lines = _process(predictor, output_paths(pictures, args.output), task, threshold)
-    if lines:
-        print(f"Results are in {args.output}")
-        print("\n".join(lines))
-    return 1 if problems or len(lines) < len(pictures) else 0
-
-
-def _process(
-    predictor: Predictor, outputs: dict[Path, Path], task: Task, threshold: float | None
-) -> list[str]:
-    """Segment and draw every picture; returns one line for each that could be done."""
-    from tqdm import tqdm
-
-    from mask2former.checkpoint import write_atomically
-    from mask2former.data.images import read_image
-
-    lines = []
-    for path, output in tqdm(outputs.items(), unit="picture", disable=None):
-        try:
-            pixels = read_image(path)
-            result = predictor(pixels, task, threshold=threshold)
-            write_atomically(output, _encode_png(predictor.draw(pixels, result)))
-        except (OSError, ValueError, MemoryError) as error:
-            tqdm.write(f"demo: skipped {path}: {error}", file=sys.stderr)
-            continue
-        renamed = "" if output.stem == path.stem else f" -> {output.name}"
-        lines.append(f"{path.name}{renamed}: {summary(result)}")
-    return lines
-
-
-def _make_predictor(args: argparse.Namespace) -> Predictor:
-    import torch
-
-    try:
-        import cv2  # noqa: F401
-    except ImportError as error:
-        raise CommandError(f"drawing needs OpenCV (pip install opencv-python-headless): {error}") from error
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # which of them depends on how PyTorch was built
-        raise CommandError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    if args.config_file is not None:
-        return _predictor_from_config(args.config_file, args.opts, device)
-
-    from mask2former.predictor import Predictor
-
-    try:
-        return Predictor.from_file(args.model, device)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--model cannot be used: {error}") from error
-
-
-def _predictor_from_config(config_file: Path, overrides: Sequence[str], device: str) -> Predictor:
-    if not config_file.is_file():
-        raise CommandError(f"--config-file: there is no file {config_file}")
-    if importlib.util.find_spec("detectron2") is not None:
-        from mask2former.d2 import predictor_from_config
-        from mask2former.d2.config import get_config
-    elif importlib.util.find_spec("yaml") is not None:
-        from mask2former.engine.config import get_config
-        from mask2former.engine.predictor import predictor_from_config
+    if args.output is not None:
+        plan = plan_files(args.output, pictures, videos)
+        is_complete = _segment(args, pictures, videos, lambda segmenter: Files(plan, segmenter))
     else:
-        raise CommandError(
-            "--config-file needs PyYAML or Detectron2, and neither is installed (see README.md); "
-            "--model with a model file works without them"
-        )
+        with Window(system_gui() if gui is None else gui) as window:
+            is_complete = _segment(args, pictures, videos, lambda segmenter: Screen(window, segmenter))
+    return 0 if is_complete and not problems else 1
+
+
+def _inputs(args: argparse.Namespace) -> tuple[list[Path], list[Video], list[str]]:
+    """Pictures, videos, and a sentence for each input without any."""
+    if args.webcam is not None:
+        return [], [args.webcam], []
+    found, problems = find_inputs([args.video_input] if args.video_input is not None else args.input)
+    pictures = [path for path in found if args.video_input is None and not is_video(path)]
+    return pictures, [path for path in found if path not in pictures], problems
+
+
+def _segment(
+    args: argparse.Namespace,
+    pictures: Sequence[Path],
+    videos: Sequence[Video],
+    make_results: Callable[[Segmenter], Results],
+) -> bool:
+    """Load the model and segment all inputs; says whether all could be done that the user wanted."""
+    start = time.perf_counter()
+    segmenter = load_segmenter(args)
+    loaded = time.perf_counter()
+    results = make_results(segmenter)
     try:
-        return predictor_from_config(get_config(config_file, ["MODEL.DEVICE", device, *overrides]))
-    except (OSError, KeyError, ValueError) as error:
-        raise CommandError(f"--config-file {config_file} cannot be used: {error}") from error
+        done, seconds = segment_pictures(segmenter, pictures, results)
+        each = f"{seconds / done:.2f} s a picture, " if done else ""
+        done += sum([_segment_video(video, results) for video in videos])
+    except WindowClosedError:
+        return True
+    if done:
+        place = results.finish()
+        now = time.perf_counter()
+        print(f"Time: {loaded - start:.1f} s to load the model, {each}{now - start:.1f} s in all")
+        print(place, end="\n" if place else "")
+    return done == len(pictures) + len(videos)
 
 
-def find_pictures(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
-    """The pictures that files, folders (not those inside them) and patterns name, each once.
-
-    Returns:
-        Pictures, in the order of the inputs and by name within one; a sentence for each input without any.
-    """
-    found: dict[str, Path] = {}
-    problems = []
-    for text in inputs:
-        path = Path(text).expanduser()
-        if path.is_dir():
-            paths = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-            problem = f"no pictures in the folder {text}"
-        elif path.exists() or not glob.has_magic(text):
-            paths = [path] if path.exists() else []
-            problem = f"no such file: {text}"
-        else:
-            names = glob.glob(str(path), recursive=True)  # noqa: PTH207, Path.glob takes no absolute pattern
-            paths = sorted(p for p in map(Path, names) if p.is_file())
-            problem = f"no file matches {text}"
-        if not paths:
-            problems.append(problem)
-        for picture in paths:
-            found.setdefault(os.path.realpath(picture), picture)
-    return list(found.values()), problems
-
-
-def output_paths(pictures: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """``<stem>.png`` in the folder for each picture; numbered where another picture or an input has that name."""
-    taken = {_folded(picture) for picture in pictures}
-    outputs = {}
-    for picture in pictures:
-        output, number = folder / f"{picture.stem}.png", 1
-        while _folded(output) in taken:
-            number += 1
-            output = folder / f"{picture.stem}_{number}.png"
-        taken.add(_folded(output))
-        outputs[picture] = output
-    return outputs
-
-
-def summary(result: PictureResult) -> str:
-    """What was found in a picture, in a few words."""
-    from mask2former.predictor import InstancePicture, PanopticPicture
-
-    if isinstance(result, PanopticPicture):
-        return _listed("segment", _panoptic_words(result))
-    if isinstance(result, InstancePicture):
-        words = [f"{n} {s:.0%}" for n, s in zip(result.names, result.scores.tolist(), strict=True)]
-        return _listed("instance", words)
-    areas = np.bincount(result.labels.ravel(), minlength=len(result.names)) / result.labels.size
-    order = np.argsort(-areas, kind="stable")
-    words = [f"{result.names[i]} {areas[i]:.0%} of the area" for i in order[: np.count_nonzero(areas)]]
-    return _listed("class", words)
-
-
-def _panoptic_words(result: PanopticPicture) -> list[str]:
-    by_score = sorted(result.segments, key=lambda segment: -segment.score)
-    return [f"{segment.name} {segment.score:.0%}" for segment in by_score]
-
-
-def _listed(noun: str, words: list[str]) -> str:
-    plural = "" if len(words) == 1 else "es" if noun.endswith("s") else "s"
-    if not words:
-        return f"no {noun}{plural}"
-    more = f", and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
-    return f"{len(words)} {noun}{plural}: {', '.join(words[:_LISTED])}{more}"
-
-
-def _encode_png(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _folded(path: Path) -> str:
-    """Equal for paths that may be one file, as on file systems that ignore case."""
-    return os.path.realpath(path).casefold()
+def _segment_video(video: Video, results: Results) -> bool:
+    try:
+        return results.add_video(video)
+    except (OSError, ValueError) as error:
+        if isinstance(video, int):
+            raise CommandError(f"--webcam cannot be used: {error}") from error
+        print(f"demo: skipped {video}: {error}", file=sys.stderr)
+        return False
 
 
 if __name__ == "__main__":

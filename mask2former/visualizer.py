@@ -13,14 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mask2former.evaluation.panoptic_quality import SegmentLike
+from mask2former.label_drawing import Box, Color, Image, draw_label, mixed, place
 
-Image = npt.NDArray[np.uint8]
 Index = npt.NDArray[np.uint16]  # (H, W), n for the n-th segment and 0 for none
-Color = tuple[int, int, int]
-Box = tuple[int, int, int, int]  # x, y, width, height in pixels
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
 _ID_LIMIT = 1 << 24  # what a panoptic PNG holds; bounds the look-up table
-_LABEL_SIZES = (1.0, 0.88, 0.78)  # of the normal text size, tried in this order
 
 
 class CategoryLike(Protocol):
@@ -45,7 +41,8 @@ class _Part(NamedTuple):
 class Visualizer:
     """Paints segments in their category's colour, with outlines and labels inside the segments.
 
-    Instances of one category get clearly different shades, in an order that is always the same. Every
+    Instances of one category get clearly different shades, in an order that is always the same; of all hues where
+    there is a single category, whose name then says nothing, so that there are no labels either. Every
     method returns a new (H, W, 3) uint8 RGB array and leaves its inputs alone; pixels without a segment
     stay as they are, except under labels and frames. A wrong dtype is a TypeError, a wrong shape or value
     (a grey picture, an id not listed, a category out of range) a ValueError; both name the argument.
@@ -53,14 +50,17 @@ class Visualizer:
     Args:
         categories: the contiguous categories; their position is the category id.
         alpha: opacity of the fill, 0 to 1.
-        label_scale: size of the labels relative to the normal one, which grows with the picture; 0: none.
+        label_scale: size of the labels relative to the normal one, which grows with the picture; 0: none. None: 1, or
+            0 with a single category.
     """
 
-    def __init__(self, categories: Sequence[CategoryLike], *, alpha: float = 0.5, label_scale: float = 1.0):
+    def __init__(self, categories: Sequence[CategoryLike], *, alpha: float = 0.5, label_scale: float | None = None):
         if not categories:
             raise ValueError("categories must hold at least one category, got none")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        if label_scale is None:
+            label_scale = 0.0 if len(categories) == 1 else 1.0
         if not 0 <= label_scale < float("inf"):
             raise ValueError(f"label_scale must be finite and not negative, got {label_scale}")
         for i, category in enumerate(categories):
@@ -71,7 +71,12 @@ class Visualizer:
         self.label_scale = float(label_scale)
 
     def draw_panoptic(
-        self, image: Image, ids: npt.ArrayLike, segments: Sequence[Mapping[str, Any] | SegmentLike]
+        self,
+        image: Image,
+        ids: npt.ArrayLike,
+        segments: Sequence[Mapping[str, Any] | SegmentLike],
+        *,
+        tracked: bool = False,
     ) -> Image:
         """Draws a panoptic result.
 
@@ -79,13 +84,15 @@ class Visualizer:
             image: (H, W, 3) uint8 RGB.
             ids: (H, W) integers below 2**24, 0 is void.
             segments: mappings or objects with ``id``, ``category_id`` and, optionally, ``score``.
+            tracked: ids persist over the frames of a video: the shade of a thing follows from its id, so that it
+                stays the same, and its label shows the id instead of the score.
         """
         canvas = _checked_copy(image)
         id_map = _checked_map("ids", ids, canvas)
         if id_map.size and (int(id_map.min()) < 0 or int(id_map.max()) >= _ID_LIMIT):
             raise ValueError(f"ids must be in [0, 2**24), got {id_map.min()} to {id_map.max()}")
         table = np.zeros(_ID_LIMIT, np.uint16)  # the system gives zero pages only where it is touched
-        categories, scores = [], []
+        listed, categories, scores = [], [], []
         for number, segment in enumerate(segments, start=1):
             segment_id, score = int(_field(segment, "id")), _field(segment, "score", None)
             if not 0 < segment_id < _ID_LIMIT:
@@ -93,12 +100,13 @@ class Visualizer:
             if table[segment_id]:
                 raise ValueError(f"segments: every id may be listed once, got {segment_id} twice")
             table[segment_id] = number
+            listed.append(segment_id)
             categories.append(int(_field(segment, "category_id")))
             scores.append(None if score is None else float(score))
         index = table[id_map]
         if (unlisted := (index == 0) & (id_map != 0)).any():
             raise ValueError(f"ids: segments does not list {np.unique(id_map[unlisted])[:10].tolist()}")
-        return self._paint_map(canvas, index, self._parts("segments", categories, scores))
+        return self._paint_map(canvas, index, self._parts("segments", categories, scores, listed if tracked else None))
 
     def draw_instances(
         self,
@@ -155,22 +163,30 @@ class Visualizer:
         index = table[np.where(painted, labels, 0)] * painted.astype(np.uint16)
         return self._paint_map(canvas, index, parts)
 
-    def _parts(self, name: str, categories: Sequence[int], scores: Sequence[float | None]) -> list[_Part]:
-        """Colour and label text of each segment; the n-th segment of a category gets its n-th shade."""
+    def _parts(
+        self, name: str, categories: Sequence[int], scores: Sequence[float | None], tracks: Sequence[int] | None = None
+    ) -> list[_Part]:
+        """Colour and label text of each segment.
+
+        The n-th segment of a category gets its n-th shade, and the track n of things as well.
+        """
         if len(categories) > np.iinfo(np.uint16).max:
             raise ValueError(f"{name}: at most 65535 segments can be drawn, got {len(categories)}")
         occurrences: dict[int, int] = {}
         parts = []
-        for category_id, score in zip(categories, scores, strict=True):
+        for i, (category_id, score) in enumerate(zip(categories, scores, strict=True)):
             if not 0 <= category_id < len(self.categories):
                 limit = len(self.categories)
                 raise ValueError(f"{name}: categories must be in [0, {limit}), got {category_id}")
             category = self.categories[category_id]
             number = occurrences.get(category_id, 0)
             occurrences[category_id] = number + 1
-            shades = _shades(cast(Color, tuple(int(c) for c in category.color)))
-            show_score = score is not None and category.is_thing
-            text = f"{category.name} {score:.0%}" if show_score else category.name
+            shades = _shades(cast(Color, tuple(int(c) for c in category.color)), len(self.categories) == 1)
+            text = category.name
+            if tracks is not None and category.is_thing:
+                number, text = tracks[i] - 1, f"{text} {tracks[i]}"
+            elif score is not None and category.is_thing:
+                text = f"{text} {score:.0%}"
             parts.append(_Part(shades[number % len(shades)], text, score))
         return parts
 
@@ -212,11 +228,11 @@ class Visualizer:
         placed: list[Box] = []
         for i in np.argsort(-areas, kind="stable")[: np.count_nonzero(areas)].tolist():
             mask = (small == i + 1).view(np.uint8)
-            found = _place(mask, stride, parts[i].text, text_height, index.shape, placed)
+            found = place(mask, stride, parts[i].text, text_height, index.shape, placed)
             if found is not None:
                 x, y, ink = found
                 placed.append((x, y, ink.shape[1], ink.shape[0]))
-                _draw_label(canvas, x, y, ink, parts[i].color)
+                draw_label(canvas, x, y, ink, parts[i].color)
 
 
 def _checked_copy(image: Image) -> Image:
@@ -259,11 +275,12 @@ def _field(segment: Mapping[str, Any] | SegmentLike, name: str, *default: Any) -
 
 
 @lru_cache(maxsize=1024)
-def _shades(color: Color) -> tuple[Color, ...]:
+def _shades(color: Color, all_hues: bool = False) -> tuple[Color, ...]:
     """The colour itself, then variations, each as far as possible from all before it (in CIELAB)."""
     lab = cv2.cvtColor(np.array([[color]], np.float32) / 255, cv2.COLOR_RGB2LAB)[0, 0].astype(float)
     chroma, hue = float(np.hypot(lab[1], lab[2])), float(np.arctan2(lab[2], lab[1]))
-    turns = [-30, -15, 0, 15, 30] if chroma > 12 else [-144, -72, 0, 72, 144]  # a grey has no hue to keep
+    keeps_hue = chroma > 12 and not all_hues  # a grey has none to keep
+    turns = [-30, -15, 0, 15, 30] if keeps_hue else [-144, -72, 0, 72, 144]
     light, turn, strength = np.meshgrid(
         np.clip(min(max(lab[0], 50), 70) + np.array([-18, 0, 18, 32]), 35, 88),
         hue + np.radians(turns),
@@ -283,11 +300,6 @@ def _shades(color: Color) -> tuple[Color, ...]:
 
 def _palette(parts: Sequence[_Part]) -> Image:
     return np.array([(0, 0, 0), *(part.color for part in parts)], np.uint8)
-
-
-def _mixed(color: Sequence[int], other: int, amount: float) -> Color:
-    """The colour moved towards grey level ``other``."""
-    return cast(Color, tuple(round(c + (other - c) * amount) for c in color))
 
 
 def _fill(canvas: Image, index: Index, colors: Image, alpha: float) -> None:
@@ -313,87 +325,4 @@ def _outline(canvas: Image, index: Index, colors: Image, thickness: int) -> None
 def _frame(canvas: Image, box: npt.NDArray[np.float64], color: Color) -> None:
     x0, y0, x1, y1 = np.clip(np.rint(box), 0, canvas.shape[1::-1] * 2).astype(int).tolist()
     if x1 > x0 and y1 > y0:
-        cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), _mixed(color, 255, 0.3), _thickness(canvas))
-
-
-@lru_cache(maxsize=1024)
-def _text_mask(text: str, height: float) -> Image:
-    """The label's text (h, w) in 0..255 with its margin; ``height`` is that of a capital letter in pixels.
-
-    Drawn twice as large and shrunk: OpenCV 4 has stroke fonts that look ragged at label size.
-    """
-    scale = 2 * height / cv2.getTextSize("H", _FONT, 1.0, 1)[0][1]
-    width = cv2.getTextSize(text, _FONT, scale, 1)[0][0]
-    room, baseline = round(2 * height), round(4 * height)
-    large = np.zeros((2 * baseline, width + 2 * room), np.uint8)
-    cv2.putText(large, text, (room, baseline), _FONT, scale, 255, max(1, round(height / 5)), cv2.LINE_AA)
-    columns = np.flatnonzero(large.any(0))
-    left, right = (int(columns[0]), int(columns[-1]) + 1) if columns.size else (0, 1)
-    above, below = round(1.35 * height), round(0.55 * height)  # of the baseline, in the final size
-    ink = large[baseline - 2 * above : baseline + 2 * below, left:right]
-    size = (max(1, round((right - left) / 2)), above + below)
-    shrunk = np.asarray(cv2.resize(ink, size, interpolation=cv2.INTER_AREA), np.uint8)
-    mask = np.pad(shrunk, ((0, 0), (max(2, round(height * 0.55)),) * 2))
-    mask.flags.writeable = False  # it is cached
-    return mask
-
-
-def _place(
-    mask: Image, stride: int, text: str, text_height: float, shape: tuple[int, ...], placed: list[Box]
-) -> tuple[int, int, Image] | None:
-    """Finds where a label has most room inside the largest part of a segment, clear of other labels.
-
-    ``mask`` (h, w) holds every ``stride``-th pixel of the picture of size ``shape``. Returns the left and
-    upper end of the label and its text mask, or None if there is too little room.
-    """
-    component, left, top = _largest_component(mask)
-    area = cv2.countNonZero(component) * stride * stride
-    for relative in _LABEL_SIZES:
-        ink = _text_mask(text, round(text_height * relative, 1))
-        h, w = ink.shape
-        hides = h * w > 0.6 * area and relative > _LABEL_SIZES[-1]
-        if hides or h > shape[0] or w > shape[1]:
-            continue
-        step = max(1, round(w / h))
-        squeezed = np.pad(component[:, ::step], 1)  # in it a label is a square
-        room = np.asarray(cv2.distanceTransform(squeezed, cv2.DIST_C, 3))[1:-1, 1:-1]  # half its side
-        ys = np.clip((top + np.arange(room.shape[0])) * stride - h // 2, 0, shape[0] - h)
-        xs = np.clip((left + np.arange(room.shape[1]) * step) * stride - w // 2, 0, shape[1] - w)
-        for x, y, width, height in placed:
-            free_x, free_y = (xs > x + width) | (xs + w < x), (ys > y + height) | (ys + h < y)
-            if not (free_x.all() or free_y.all()):
-                room = room * (free_x | free_y[:, None])
-        row, column = divmod(int(room.argmax()), room.shape[1])
-        if 2 * room[row, column] * stride >= 0.45 * h:
-            return int(xs[column]), int(ys[row]), ink
-    return None
-
-
-def _largest_component(mask: Image) -> tuple[Image, int, int]:
-    """Crops the largest connected part of a mask; also returns the crop's left and upper end."""
-    left, top, width, height = cv2.boundingRect(mask)
-    crop = mask[top : top + height, left : left + width]
-    count, numbers, stats, _ = cv2.connectedComponentsWithStats(crop)
-    if count <= 2:
-        return crop, left, top
-    best = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-    x, y, w, h = stats[best, :4].tolist()
-    part = numbers[y : y + h, x : x + w] == best
-    return np.asarray(part, np.uint8), left + x, top + y
-
-
-@lru_cache(maxsize=256)
-def _rounded(height: int, width: int) -> npt.NDArray[np.float32]:
-    """Coverage (h, w) in 0..1 of a rectangle with round corners."""
-    radius = 0.28 * height
-    y = np.maximum(np.abs(np.arange(height) + 0.5 - height / 2) - height / 2 + radius, 0)
-    x = np.maximum(np.abs(np.arange(width) + 0.5 - width / 2) - width / 2 + radius, 0)
-    return np.clip(radius + 0.5 - np.hypot(y[:, None], x), 0, 1).astype(np.float32)
-
-
-def _draw_label(canvas: Image, x: int, y: int, ink: Image, color: Color) -> None:
-    view = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
-    dark, light = (np.array(c, np.float32) for c in (_mixed(color, 12, 0.84), _mixed(color, 255, 0.92)))
-    mixed = view + (dark - view) * (_rounded(*ink.shape)[..., None] * np.float32(0.78))
-    mixed += (light - mixed) * (ink[..., None] * np.float32(1 / 255))
-    view[:] = np.rint(mixed).astype(np.uint8)
+        cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), mixed(color, 255, 0.3), _thickness(canvas))

@@ -203,7 +203,7 @@ def test_environment_compares_versions(environment, version, requirement, enough
 def test_requirements_cover_the_imports(environment):
     """Every package that the code imports is listed, and every listed one is imported."""
     engine = set((ROOT / "mask2former/engine").rglob("*.py"))
-    core = {*(ROOT / "mask2former").rglob("*.py"), ROOT / "demo/demo.py", ROOT / "train_net.py"} - engine
+    core = {*(ROOT / "mask2former").rglob("*.py"), *(ROOT / "demo").glob("*.py"), ROOT / "train_net.py"} - engine
     listed = modules_of(environment, "requirements.txt")
     assert imports_of(core) == listed
     for_training = modules_of(environment, "requirements-train.txt")
@@ -219,7 +219,8 @@ def imports_of(files):
     imported = set()
     for file in files:
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", file.read_text("utf-8"), re.M))
-    others = {"mask2former", "detectron2", "fvcore", *sys.stdlib_module_names}
+    beside = {file.stem for file in (ROOT / "demo").glob("*.py")}
+    others = {"mask2former", "detectron2", "fvcore", *beside, *sys.stdlib_module_names}
     return {name for name in imported - others if is_module(name)}
 
 

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("cv2", reason="the visualizer needs OpenCV")
 
-from mask2former import visualizer
-from mask2former.visualizer import Visualizer, _place, _shades
+from mask2former import label_drawing, visualizer
+from mask2former.label_drawing import place
+from mask2former.visualizer import Visualizer, _shades
 
 CATEGORIES = [
     SimpleNamespace(name="person", color=(220, 20, 60), is_thing=True),
@@ -64,7 +65,7 @@ def test_shape_dtype_and_inputs_unchanged(picture, drawing):
 def test_drawing_is_deterministic(picture, drawing):
     first = draw_all(Visualizer(CATEGORIES), picture, drawing)
     visualizer._shades.cache_clear()
-    visualizer._text_mask.cache_clear()
+    label_drawing.text_mask.cache_clear()
     for a, b in zip(first, draw_all(Visualizer(CATEGORIES), picture, drawing), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -128,6 +129,40 @@ def test_more_instances_than_shades_and_more_than_a_byte():
     assert Visualizer(CATEGORIES).draw_panoptic(picture, ids, segments).any()
 
 
+def test_tracked_segments_keep_their_shade_and_show_their_id(picture):
+    grey = np.full_like(picture, 128)
+    ids = np.zeros(picture.shape[:2], int)
+    ids[10:50, 10:70], ids[60:110, 10:70], ids[10:110, 90:150] = 7, 4, 9
+    people = [{"id": 4, "category_id": 0, "score": 0.9}, {"id": 7, "category_id": 0, "score": 0.5}]
+    sky = [{"id": 9, "category_id": 2, "score": 0.7}]
+    plain = Visualizer(CATEGORIES, label_scale=0)
+    both = plain.draw_panoptic(grey, ids, people + sky, tracked=True)
+    alone = plain.draw_panoptic(grey, np.where(ids == 7, 7, 0), people[1:], tracked=True)
+    np.testing.assert_array_equal(both[10:50, 10:70], alone[10:50, 10:70])
+    assert (both[30, 40] != both[80, 40]).any()
+    shade = np.array(_shades((220, 20, 60))[6]), np.array((70, 130, 180))  # the seventh for id 7; stuff has the first
+    for point, color in zip((both[30, 40], both[60, 120]), shade, strict=True):
+        assert np.abs(point - (color + 128) / 2).max() <= 1
+    drawn = Visualizer(CATEGORIES).draw_panoptic(grey, ids, people + sky, tracked=True)
+    for person in people:
+        person["score"] = 0.1
+    again = Visualizer(CATEGORIES).draw_panoptic(grey, ids, people + sky, tracked=True)
+    np.testing.assert_array_equal(drawn, again)  # the score is not in the label
+    assert (drawn != both).any()
+
+
+def test_a_single_category_gets_all_hues_and_no_labels(picture):
+    ids = np.arange(1, 7)[None].repeat(120, 0).repeat(27, 1)[:, :160]
+    segments = [{"id": i, "category_id": 0, "score": 0.9} for i in range(1, 7)]
+    grey = np.full_like(picture, 128)
+    drawn = Visualizer(CATEGORIES[:1]).draw_panoptic(grey, ids, segments)
+    np.testing.assert_array_equal(drawn, Visualizer(CATEGORIES[:1], label_scale=0).draw_panoptic(grey, ids, segments))
+    strongest = {int(drawn[60, x].argmax()) for x in range(13, 160, 27)}
+    assert strongest == {0, 1, 2}  # red, green and blue ones
+    labelled = Visualizer(CATEGORIES[:1], label_scale=1).draw_panoptic(grey, ids, segments)
+    assert (labelled != drawn).any()
+
+
 def test_small_instance_lies_on_top_whatever_the_order(picture):
     grey = np.full_like(picture, 128)
     masks = np.zeros((2, *grey.shape[:2]), bool)
@@ -156,11 +191,11 @@ def test_labels_do_not_overlap_and_stay_in_the_picture():
         mask = np.zeros(shape, np.uint8)
         y, x = int(rng.integers(0, 190)), int(rng.integers(0, 290))
         mask[y : y + int(rng.integers(1, 90)), x : x + int(rng.integers(1, 120))] = 1
-        place = _place(mask, 1, "person 87%", 9.0, shape, placed)
-        if place is None:
+        label = place(mask, 1, "person 87%", 9.0, shape, placed)
+        if label is None:
             continue
         found += 1
-        x0, y0, ink = place
+        x0, y0, ink = label
         height, width = ink.shape
         assert 0 <= x0 <= shape[1] - width and 0 <= y0 <= shape[0] - height
         for left, top, w, h in placed:
@@ -173,7 +208,7 @@ def test_label_goes_to_the_largest_part():
     mask = np.zeros((100, 300), np.uint8)
     mask[10:30, 5:60] = 1
     mask[40:90, 150:290] = 1
-    x, y, ink = _place(mask, 1, "sky", 10.0, mask.shape, [])
+    x, y, ink = place(mask, 1, "sky", 10.0, mask.shape, [])
     assert x >= 150 and y >= 40 and x + ink.shape[1] <= 290 and y + ink.shape[0] <= 90
 
 
