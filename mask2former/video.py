@@ -123,7 +123,8 @@ def _laid_out(instances: InstancePicture) -> PanopticPicture:
     for place in reversed(range(len(instances.masks))):
         stacked[instances.masks[place]] = place + 1
     areas: NDArray[np.int64] = np.bincount(stacked.ravel(), minlength=len(instances.masks) + 1)
-    segments, queries = [], []
+    segments: list[Segment] = []
+    queries: list[tuple[int, ...]] = []
     table = np.zeros(len(areas), np.int32)
     for place, label in enumerate(instances.labels.tolist()):
         area = int(areas[place + 1])

@@ -170,9 +170,9 @@ def test_a_crowd_with_noisier_features_has_few_switches() -> None:
 
 
 def test_a_crowd_of_twins_has_few_switches() -> None:
-    """Where all look the same only the place is left: 7 switches in 8 x 300 places were seen."""
-    result = score(*tracked(film(crowd(8, seed=1, look=appearance(0)), 300)))
-    assert result.switches <= 10
+    """Where all look the same only the place is left: 2 switches were seen, two that exchanged their ids."""
+    result = score(*tracked(film(crowd(8, seed=0, look=appearance(0)), 300)))
+    assert result.switches <= 4
     assert result.ids <= 9
 
 

@@ -94,6 +94,13 @@ def test_evaluation_is_deterministic_and_gives_one_prediction(model: Mask2Former
     assert len(model(batch, all_layers=True)) == 4
 
 
+def test_prediction_with_queries_is_the_prediction(model: Mask2Former) -> None:
+    batch = model.batch_images([random_image(40, 50), random_image(33, 60)])
+    prediction, queries = model.predict_with_queries(batch)
+    torch.testing.assert_close(prediction, model(batch)[-1], rtol=0, atol=0)
+    torch.testing.assert_close(model.sem_seg_head.predictor.class_embed(queries), prediction.class_logits)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("counts", [(3, 2), (0, 0), (0, 4)])
 def test_losses_give_every_parameter_a_gradient(backbone: str, counts: tuple[int, int]) -> None:

@@ -165,6 +165,29 @@ def test_panoptic_equals_loop(seed: int, object_mask_threshold: float, overlap_t
     assert [s.area for s in result.segments] == [int((result.ids == s.id).sum()) for s in result.segments]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_panoptic_tells_the_queries_of_each_segment(seed: int) -> None:
+    torch.manual_seed(seed)
+    case = _case()
+    result = _panoptic(case, object_mask_threshold=0.3, overlap_threshold=0.2)
+    scores, labels = case.class_logits.softmax(-1).max(-1)
+    probability = _by_hand(case.mask_logits, GEOMETRY).sigmoid()
+    rivals = torch.where((labels < 4) & (scores > 0.3), scores, -1)[:, None, None] * probability
+    winner = rivals.argmax(0)  # (H, W)
+    assert result.queries is not None
+    assert len(result.queries) == len(result.segments) > 0
+    for segment, queries in zip(result.segments, result.queries, strict=True):
+        inside = winner[result.ids == segment.id].unique().tolist()
+        assert queries == inside
+        assert {int(labels[query]) for query in queries} == {segment.category_id}
+        assert max(scores[queries].tolist()) == pytest.approx(segment.score)
+        assert len(queries) == 1 or not segment.is_thing
+
+
+def test_panoptic_without_segments_has_no_queries() -> None:
+    assert _panoptic(_case(), object_mask_threshold=1.0).queries == []
+
+
 def test_the_random_cases_contain_merged_stuff_and_dropped_queries() -> None:
     merged = dropped = 0
     for seed in range(8):
@@ -293,6 +316,20 @@ def test_instances_equal_loop(seed: int, is_thing: Tensor | None, top_k: int, sc
     assert result.masks.dtype == torch.bool
     assert result.masks.shape == (len(expected), *GEOMETRY.output_size)
     torch.testing.assert_close(result.boxes, _naive_boxes(result.masks))
+
+
+def test_instances_tell_their_queries() -> None:
+    case = _case(sharpness=2.0)
+    result = _instances(case)
+    masks = _by_hand(case.mask_logits, GEOMETRY) > 0
+    assert result.queries is not None
+    assert result.queries.shape == result.labels.shape
+    assert torch.equal(result.masks, masks[result.queries])
+    probability = case.class_logits.softmax(-1)[result.queries, result.labels]
+    quality = result.scores / probability
+    for query in result.queries.unique():  # the quality of a mask is the same for all its classes
+        same = quality[result.queries == query]
+        torch.testing.assert_close(same, same[:1].expand_as(same))
 
 
 def test_top_k_is_clamped_to_all_pairs() -> None:

@@ -123,6 +123,18 @@ def test_all_layers_changes_the_list_but_not_the_last_prediction(num_layers: int
         assert prediction.mask_logits.shape == (2, 7, 16, 24)
 
 
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_query_features_are_those_that_the_last_prediction_is_made_from(pre_norm: bool, training: bool) -> None:
+    decoder, features = _decoder(pre_norm=pre_norm).train(training), _features()
+    prediction, queries = decoder.predict_with_queries(features)
+    assert queries.shape == (2, 7, 16)
+    torch.testing.assert_close(prediction, decoder(features)[-1], rtol=0, atol=0)
+    torch.testing.assert_close(decoder.class_embed(queries), prediction.class_logits)
+    masks = torch.einsum("bqc,bchw->bqhw", decoder.mask_embed(queries), features.mask_features)
+    torch.testing.assert_close(masks, prediction.mask_logits)
+
+
 def test_first_prediction_comes_from_the_learned_queries_alone() -> None:
     decoder, features = _decoder(), _features()
     first = decoder(features, all_layers=True)[0]
