@@ -37,7 +37,7 @@ class PicturePredictor(Protocol):
 
     categories: tuple[Category, ...]
 
-    def __call__(self, image: NDArray[Any], task: Task, /, **threshold: float) -> Any:
+    def __call__(self, image: NDArray[Any], task: Task, *, threshold: float | None = None) -> Any:
         """Segment one picture."""
 
 
