@@ -23,7 +23,7 @@ class PredictionSettings:
         tasks: what it is good for; the first is the default.
         shortest, longest: size of the resized image, as in `ResizeShortestEdge`.
         object_mask_threshold, overlap_threshold: of panoptic segmentation, see `panoptic_segmentation`.
-        top_k, score_threshold: of instance segmentation, see `instance_segmentation`.
+        top_k, score_threshold, matrix_nms_sigma: of instance segmentation, see `instance_segmentation`.
         semantic_resize_first: of semantic segmentation, see `semantic_segmentation`.
 
     Raises:
@@ -37,6 +37,7 @@ class PredictionSettings:
     overlap_threshold: float = 0.8
     top_k: int = 100
     score_threshold: float = 0.0
+    matrix_nms_sigma: float = 0.0
     semantic_resize_first: bool = True
 
     def __post_init__(self) -> None:
@@ -48,6 +49,8 @@ class PredictionSettings:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
         for name in ("object_mask_threshold", "overlap_threshold", "score_threshold"):
             check_threshold(name, getattr(self, name))
+        if not 0 <= self.matrix_nms_sigma < float("inf"):
+            raise ValueError(f"matrix_nms_sigma must be finite and not negative, got {self.matrix_nms_sigma}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mask2former.modeling.bands import MaskGeometry
 from mask2former.modeling.mask_measures import areas_of, masks_to_boxes, measure_masks
+from mask2former.modeling.matrix_nms import matrix_nms_decay
 
 __all__ = [
     "CompactInstances",
@@ -211,6 +212,7 @@ def instance_segmentation(
     top_k: int,
     is_thing: Tensor | None = None,
     score_threshold: float = 0.0,
+    matrix_nms_sigma: float = 0.0,
 ) -> InstanceResult:
     """Take the best (query, class) pairs as instances; one query may appear with several classes.
 
@@ -222,6 +224,8 @@ def instance_segmentation(
         is_thing: (K,) bool; other classes are left out after the top k were taken, as published. None: keep
             all.
         score_threshold: keep instances whose final score is at least this; 0 keeps all.
+        matrix_nms_sigma: above 0, lower the scores of masks that repeat better ones, see `matrix_nms_decay`; overlaps
+            are those of the mask logits' own size. 0, as published: leave them.
 
     Returns:
         The instances.
@@ -232,8 +236,10 @@ def instance_segmentation(
     found = _candidates(class_logits, top_k, is_thing, score_threshold)
     queries, place = found.queries.unique(return_inverse=True)  # each mask is enlarged once
     masks = torch.empty(len(place), *geometry.output_size, dtype=torch.bool, device=mask_logits.device)
-    measures = measure_masks(mask_logits[queries], geometry, masks[: len(queries)])
-    scores, order = _final_scores(found.scores * measures.quality[place], score_threshold)
+    mask_logits = mask_logits[queries]
+    measures = measure_masks(mask_logits, geometry, masks[: len(queries)])
+    found = found._replace(scores=found.scores * measures.quality[place])
+    scores, order = _final_scores(found, mask_logits, place, score_threshold, matrix_nms_sigma)
     place = place[order]
     for rows in geometry.bands(mask_logits).bands(len(place)):  # put in order within their memory: it can be gigabytes
         masks[: len(place), rows] = masks[place, rows]
@@ -251,11 +257,13 @@ def compact_instance_segmentation(
     top_k: int,
     is_thing: Tensor | None = None,
     score_threshold: float = 0.0,
+    matrix_nms_sigma: float = 0.0,
 ) -> CompactInstances:
     """The same instances as `instance_segmentation`, without their masks, which can be asked for one by one.
 
     Args:
-        class_logits, mask_logits, geometry, top_k, is_thing, score_threshold: as of `instance_segmentation`.
+        class_logits, mask_logits, geometry, top_k, is_thing, score_threshold, matrix_nms_sigma: as of
+            `instance_segmentation`.
 
     Raises:
         ValueError: if ``top_k`` is below 1.
@@ -264,7 +272,8 @@ def compact_instance_segmentation(
     queries, place = found.queries.unique(return_inverse=True)
     mask_logits = mask_logits[queries]
     measures = measure_masks(mask_logits, geometry)
-    scores, order = _final_scores(found.scores * measures.quality[place], score_threshold)
+    found = found._replace(scores=found.scores * measures.quality[place])
+    scores, order = _final_scores(found, mask_logits, place, score_threshold, matrix_nms_sigma)
     place = place[order]
     return CompactInstances(
         found.labels[order], scores, measures.boxes[place], measures.areas[place], place, mask_logits, geometry
@@ -295,8 +304,13 @@ def _candidates(class_logits: Tensor, top_k: int, is_thing: Tensor | None, score
     return found
 
 
-def _final_scores(scores: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]:
-    """Those of at least the threshold, best first, and their places."""
+def _final_scores(
+    found: _Candidates, mask_logits: Tensor, place: Tensor, score_threshold: float, matrix_nms_sigma: float
+) -> tuple[Tensor, Tensor]:
+    """Scores of at least the threshold, best first, and which candidates have them; ``place`` of mask logits (N,)."""
+    scores = found.scores
+    if matrix_nms_sigma > 0:
+        scores = scores * matrix_nms_decay(scores, found.labels, mask_logits[place] > 0, matrix_nms_sigma)
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] >= score_threshold]
     return scores[order], order
