@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# What a match is worth, beside its similarity of at most 1. Measured with this project's panoptic model on moved
-# crops of photos: similarity is 0.84 to 0.99 for one object, and mostly below 0.6 for two.
-_POSITION_WEIGHT = 0.5  # of the overlap; of being near without overlap half as much
+# What a match is worth, beside its similarity. Measured on moved crops of pictures, see docs/video.md.
+_NEARNESS_WEIGHT = 0.5  # of being at the same place without overlap; overlap itself counts fully
 _MISSED_PENALTY = 0.2  # of a track that the last frame did not show: the ones that it did show have the older right
 _OTHER_CLASS_FACTOR = 0.5
 
@@ -95,8 +94,8 @@ class Tracker:
     """Gives segments of a video ids that persist.
 
     Things: tracks and segments are matched one to one so that the sum of their affinities is largest. Affinity is the
-    cosine similarity of the features plus half the intersection over union with the track's last mask; a track that
-    was not seen in the last frame has a little less. A pair may match only if
+    cosine similarity of the features plus the intersection over union with the track's last mask; a track that was not
+    seen in the last frame has a little less. A pair may match only if
 
     - their masks overlap by ``min_overlap`` and their features are similar by ``min_similarity``, or
     - their features are similar by ``min_similarity_apart``, and the middles of their boxes are no further apart than
@@ -246,7 +245,7 @@ class Tracker:
         if not overlaps and (distance > reach or similarity < self.min_similarity_apart):
             return 0.0
         nearness = max(0.0, 1 - distance / reach) if reach > 0 else 0.0
-        affinity = similarity + _POSITION_WEIGHT * max(overlap, nearness / 2)
+        affinity = similarity + max(overlap, _NEARNESS_WEIGHT * nearness)
         if track.age > 1:
             affinity -= _MISSED_PENALTY
         return max(affinity if same_class else _OTHER_CLASS_FACTOR * affinity, 1e-9)
