@@ -172,12 +172,12 @@ def test_without_rasterio_it_says_what_to_install(tmp_path, monkeypatch):
 def _tile_command(monkeypatch, *arguments, predictor=None):
     from types import SimpleNamespace
 
-    from mask2former import predictor as predictor_module
+    import mask2former
     from mask2former.__main__ import main
 
     painted = predictor or PaintedPredictor()
     painted.settings = SimpleNamespace(tasks=("panoptic", "instance"))
-    monkeypatch.setattr(predictor_module.Predictor, "from_file", lambda path, device: painted)
+    monkeypatch.setattr(mask2former, "load", lambda path, device: painted)
     code = main(["tile", "--model", "m.safetensors", *map(str, arguments)])
     return code, painted
 
