@@ -177,7 +177,7 @@ def _tile_command(monkeypatch, *arguments, predictor=None):
 
     painted = predictor or PaintedPredictor()
     painted.settings = SimpleNamespace(tasks=("panoptic", "instance"))
-    monkeypatch.setattr(mask2former, "load", lambda path, device: painted)
+    monkeypatch.setattr(mask2former, "load", lambda name, device: painted)
     code = main(["tile", "--model", "m.safetensors", *map(str, arguments)])
     return code, painted
 
@@ -197,6 +197,14 @@ def test_command(rasterio, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert painted.thresholds[0] == 0.5
     assert capsys.readouterr().out.endswith(" instances\n")
+
+
+def test_command_names_a_missing_model(tmp_path, capsys):
+    from mask2former.__main__ import main
+
+    model, files = str(tmp_path / "m.safetensors"), ["--input", "in.tif", "--output", "out.tif"]
+    assert main(["tile", "--model", model, *files]) == 2
+    assert capsys.readouterr().err.startswith(f"error: there is no file {model}")
 
 
 def test_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
