@@ -274,10 +274,11 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["mask2former", "mask2former.*"]),
-    package_data={"mask2former.data": ["categories/*.json"]},
+    package_data={"mask2former": ["published_models.json"], "mask2former.data": ["categories/*.json"]},
     install_requires=requirements("requirements.txt"),
     extras_require={
         "dev": requirements("requirements-dev.txt"),
+        "large": requirements("requirements-large.txt"),
         "train": requirements("requirements-train.txt"),
     },
     zip_safe=False,

@@ -114,10 +114,7 @@ def _predictor_from_model(model: str, device: str) -> Predictor:
     try:
         return mask2former.load(bundled.file if bundled is not None else model, device)
     except (OSError, ValueError) as error:
-        hint = ""
-        if not Path(model).suffix:
-            bundled_names = " and ".join(BUNDLED)
-            hint = f"; bundled are {bundled_names}, and python -m mask2former models lists the published ones"
+        hint = "" if Path(model).suffix else f"; bundled are {' and '.join(BUNDLED)}"
         raise CommandError(f"--model cannot be used: {error}{hint}") from error
 
 

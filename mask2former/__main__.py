@@ -1,4 +1,7 @@
-"""Commands: ``python -m mask2former export`` writes a model file, ``data`` checks and prepares one's own data."""
+"""Commands: ``python -m mask2former export`` writes a model file, ``convert`` renames weights, ``models`` lists and
+fetches the published models, ``data`` checks and prepares one's own data, ``tile`` segments a raster larger than
+memory.
+"""
 
 import argparse
 import sys
@@ -6,7 +9,10 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from mask2former.convert import add_convert_command
 from mask2former.own_data.commands import add_data_commands
+from mask2former.tile_command import add_tile_command
+from mask2former.zoo_commands import add_models_command
 
 DTYPES = ("float16", "float32")
 
@@ -15,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mask2former", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_export, add_data_commands):
+    for add in (_add_export, add_convert_command, add_data_commands, add_models_command, add_tile_command):
         add(commands)
     args = parser.parse_args(arguments)
     return int(args.run(args))

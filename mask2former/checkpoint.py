@@ -1,103 +1,45 @@
 """Model files, which hold everything that prediction needs, and weights from elsewhere."""
 
-import json
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from mask2former.atomic_files import atomic_file, write_atomically
 from mask2former.build import Architecture, build_model
-from mask2former.data.catalog import Category
+from mask2former.model_description import TASKS, ModelDescription, PredictionSettings, Task, check_threshold
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.weight_files import read_safetensors, read_weights, state_dict_of
+from mask2former.weight_files import WEIGHT_SUFFIXES, read_safetensors, read_weights, state_dict_of, write_weights
+from mask2former.weight_names import Naming, Renamed, check_naming, naming_of, to_published, to_transformers
 
-Task = Literal["panoptic", "instance", "semantic"]
-TASKS: tuple[Task, ...] = get_args(Task)
+__all__ = [
+    "METADATA_KEY",
+    "TASKS",
+    "ModelDescription",
+    "PredictionSettings",
+    "ShapeMismatch",
+    "Task",
+    "WeightReport",
+    "atomic_file",
+    "category_names",
+    "check_threshold",
+    "load_model_file",
+    "load_weights",
+    "match_names",
+    "save_model_file",
+    "save_weights",
+    "shortened",
+    "state_for",
+    "write_atomically",
+]
 
 # One name for all metadata: safetensors stores several in random order, but equal models give equal files.
-_METADATA_KEY = "mask2former"
-_FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictionSettings:
-    """How a model predicts, apart from its weights.
-
-    Attributes:
-        tasks: what it is good for; the first is the default.
-        shortest, longest: size of the resized image, as in `ResizeShortestEdge`.
-        object_mask_threshold, overlap_threshold: of panoptic segmentation, see `panoptic_segmentation`.
-        top_k, score_threshold: of instance segmentation, see `instance_segmentation`.
-        semantic_resize_first: of semantic segmentation, see `semantic_segmentation`.
-
-    Raises:
-        ValueError: if a value is out of its range.
-    """
-
-    tasks: tuple[Task, ...] = TASKS
-    shortest: int = 800
-    longest: int = 1333
-    object_mask_threshold: float = 0.8
-    overlap_threshold: float = 0.8
-    top_k: int = 100
-    score_threshold: float = 0.0
-    semantic_resize_first: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.tasks or not set(self.tasks) <= set(TASKS):
-            raise ValueError(f"tasks must be some of {', '.join(TASKS)}, got {self.tasks!r}")
-        for name, minimum in (("shortest", 0), ("longest", 1), ("top_k", 1)):
-            value = getattr(self, name)
-            if value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}")
-        for name in ("object_mask_threshold", "overlap_threshold", "score_threshold"):
-            check_threshold(name, getattr(self, name))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDescription:
-    """What a model file says about its weights.
-
-    Attributes:
-        architecture: what `build_model` takes; plain values.
-        categories: of the K classes, in the order of the contiguous ids.
-        settings: how the model predicts.
-        notes: anything else for people, such as the training command; plain values.
-
-    Raises:
-        ValueError: if there is not one category a class, or a value is not plain.
-    """
-
-    architecture: Architecture
-    categories: tuple[Category, ...]
-    settings: PredictionSettings = field(default_factory=PredictionSettings)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        num_classes = self.architecture.get("transformer_decoder", {}).get("num_classes")
-        if num_classes != len(self.categories):
-            raise ValueError(
-                f"categories must hold one category for each of the {num_classes} classes of "
-                f"architecture['transformer_decoder'], got {len(self.categories)}"
-            )
-        for name in ("architecture", "notes"):
-            try:  # tuples become lists, as they are when the description is read back
-                plain = json.loads(json.dumps(getattr(self, name), allow_nan=False))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name} must hold plain values that JSON can store: {error}") from error
-            object.__setattr__(self, name, plain)
-
-    @property
-    def image_format(self) -> str:
-        """Channel order of the images that the model takes, "RGB" or "BGR"."""
-        return str(self.architecture["input"].get("image_format", "RGB"))
+METADATA_KEY = "mask2former"
 
 
 class ShapeMismatch(NamedTuple):
@@ -117,12 +59,16 @@ class WeightReport:
         missing: in the model only; as they were.
         unexpected: in the file only.
         mismatched: in both, with different shapes; as they were.
+        unused: in the file only, but no model computes anything with them; names of the file.
+        naming: whose names the file has.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[ShapeMismatch, ...]
+    unused: tuple[str, ...] = ()
+    naming: Naming = "published"
 
     @property
     def complete(self) -> bool:
@@ -131,14 +77,17 @@ class WeightReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors fit"]
+        if self.naming != "published":
+            lines[0] += f", renamed from the names of {self.naming}"
         shapes = [f"{m.name} {m.in_file} in the file, {m.in_model} in the model" for m in self.mismatched]
-        for title, names in (
-            ("not in the file", self.missing),
-            ("not in the model", self.unexpected),
-            ("of another shape", shapes),
+        for title, names, limit in (
+            ("not in the file", self.missing, 20),
+            ("not in the model", self.unexpected, 20),
+            ("of another shape", shapes, 20),
+            ("left out, which no model here has and needs", self.unused, 3),
         ):
             if names:
-                lines.append(f"{len(names)} {title}: {shortened(names)}")
+                lines.append(f"{len(names)} {title}: {shortened(names, limit)}")
         return "\n  ".join(lines)
 
 
@@ -171,9 +120,7 @@ def save_model_file(
     if not report.complete:
         raise ValueError(f"description.architecture must be that of the model, got another:\n  {report}")
     tensors = {name: _stored(name, tensor, dtype) for name, tensor in state.items()}
-    document = {"version": _FORMAT_VERSION, **asdict(description)}
-    document["categories"] = [category._asdict() for category in description.categories]
-    metadata = {_METADATA_KEY: json.dumps(document, ensure_ascii=False)}
+    metadata = {METADATA_KEY: description.to_json()}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -193,17 +140,18 @@ def load_model_file(
         FileNotFoundError: if there is no such file.
         ValueError: if it is no model file, is damaged or has another version; names the file.
     """
-    tensors, metadata = read_safetensors(Path(path))
-    if _METADATA_KEY not in metadata:
+    tensors, metadata = _read_model_file(Path(path))
+    if METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors but no description of a model; to put them into a model that you built, "
             "use mask2former.checkpoint.load_weights"
         )
     try:
-        description = _parse_description(metadata[_METADATA_KEY])
-        model = _build(description.architecture)
+        description = ModelDescription.from_json(metadata[METADATA_KEY])
+        with _AtMost(2 * sum(tensor.numel() for tensor in tensors.values()) + 100_000):
+            model = _build(description.architecture)
         matched, report = _fit(model, tensors)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} has a description that cannot be used: {reason}") from error
     if not report.complete:
@@ -218,12 +166,33 @@ def category_names(metadata: Mapping[str, str], where: str) -> tuple[str, ...] |
     Raises:
         ValueError: if the description cannot be used; names the file, ``where``.
     """
-    if _METADATA_KEY not in metadata:
+    if METADATA_KEY not in metadata:
         return None
     try:
-        return tuple(category.name for category in _parse_description(metadata[_METADATA_KEY]).categories)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return tuple(category.name for category in ModelDescription.from_json(metadata[METADATA_KEY]).categories)
+    except ValueError as error:
         raise ValueError(f"{where} has a description that cannot be used: {error}") from error
+
+
+def save_weights(model: nn.Module, path: str | Path, names: Naming = "published") -> None:
+    """Write the weights of a model, without a description, for Detectron2, transformers or others.
+
+    The file appears complete or not at all; an older one is replaced. `load_weights` gives the same bits back.
+
+    Args:
+        model: on any device; not changed.
+        path: what to write: ``.safetensors``, ``.pth`` as of `torch.save`, or ``.pkl`` as Detectron2 publishes them.
+        names: "published", which are those of Detectron2, or "transformers", for `from_pretrained` of
+            Mask2FormerForUniversalSegmentation, which takes safetensors and needs a configuration besides.
+
+    Raises:
+        ValueError: if the ending of the path or ``names`` is another, or the model has a tensor without a name in
+            transformers.
+        OSError: if the file cannot be written.
+    """
+    check_naming(names)
+    state = model.state_dict()
+    write_weights(path, state if names == "published" else to_transformers(state).tensors, naming=names)
 
 
 def load_weights(
@@ -231,14 +200,15 @@ def load_weights(
 ) -> WeightReport:
     """Copy weights into a model.
 
-    A wrapping ``{"model": ...}`` and a leading ``module.`` of all names are taken off. Names of the first
-    published releases are understood by the model itself. A backbone's own weights go into
-    ``model.backbone``, or into the whole model if the file has Detectron2's mark (``matching_heuristics``).
+    A wrapping ``{"model": ...}`` and a leading ``module.`` of all names are taken off. Names are the published ones,
+    which are also Detectron2's; those of transformers' Mask2FormerForUniversalSegmentation, which are recognised and
+    translated; or those of the first published releases. A backbone's own weights go into ``model.backbone``, or into
+    the whole model if the file has Detectron2's mark (``matching_heuristics``).
 
     Args:
         model: a model or a part of one.
-        source: a `.pkl` file of Detectron2, a `.safetensors` file, any other file as of `torch.save`, or a
-            state dict.
+        source: a `.pkl` file of Detectron2, a `.safetensors` file, the `.index.json` of several files of transformers,
+            any other file as of `torch.save`, or a state dict.
         strict: every tensor of the model must be in the file, with its shape, and no other. Otherwise those
             that do not fit keep their values.
 
@@ -252,7 +222,9 @@ def load_weights(
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else read_weights(Path(source))
-    matched, report = _fit(model, state_for(model, content, where))
+    naming, renamed = state_for(model, content, where)
+    matched, report = _fit(model, renamed.tensors)
+    report = replace(report, unused=renamed.unused, naming=naming)
     if strict and not report.complete:
         raise ValueError(f"{where} does not fit the model:\n  {report}")
     if not report.loaded:
@@ -261,61 +233,56 @@ def load_weights(
     return report
 
 
-def state_for(model: nn.Module, content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """The state dict in what `read_weights` gives; a backbone's own weights under their names in the model.
+def state_for(model: nn.Module, content: Mapping[str, Any], where: str) -> tuple[Naming, Renamed]:
+    """The state dict in what `read_weights` gives, under published names.
+
+    Returns:
+        Whose names they were; and the tensors, a backbone's own weights under their names in the model.
 
     Raises:
-        ValueError: as `state_dict_of`.
+        ValueError: as `state_dict_of` and `to_published`; names the source, ``where``.
     """
     state = state_dict_of(content, where)
-    if not content.get("matching_heuristics"):
-        return state
     known = model.state_dict().keys()
-    return {f"backbone.{name}" if f"backbone.{name}" in known else name: t for name, t in state.items()}
+    naming = naming_of(state)
+    if naming == "transformers":
+        try:
+            return naming, to_published(state, known)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if content.get("matching_heuristics"):
+        state = {f"backbone.{name}" if f"backbone.{name}" in known else name: t for name, t in state.items()}
+    return naming, Renamed(state, ())
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file as `atomic_file` does."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write to that appears complete or not at all, also when the power fails; an older one is replaced.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def _read_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _flush_folder(path.parent)
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+        return read_safetensors(path)
+    except ValueError as error:
+        if path.is_file() and path.suffix != ".safetensors" and path.suffix in WEIGHT_SUFFIXES:
+            raise ValueError(
+                f"{path} is no model file, which ends with .safetensors; `python -m mask2former export` makes one "
+                "of a checkpoint and its config"
+            ) from error
+        raise
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last; where folders cannot be opened, as on Windows, the system does it in its own time."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class _AtMost(TorchFunctionMode):
+    """Ends the building of a model with more numbers than its file can fill: it might take all memory."""
 
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self._left = numbers
 
-def check_threshold(name: str, value: float) -> None:
-    """Raise ValueError unless the value is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.ones, torch.zeros):
+            self._left -= result.numel()  # memory that nobody has written to is not taken yet
+            if self._left < 0:
+                raise ValueError("it describes a larger model than the file holds")
+        return result
 
 
 def _build(architecture: Architecture) -> Mask2Former:
@@ -331,25 +298,6 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"the model's weights must be finite, got inf or nan in {name}")
     stored = tensor.detach().to("cpu", dtype)
     return (stored if stored.isfinite().all() else tensor.detach().to("cpu", torch.float32)).contiguous()
-
-
-def _parse_description(text: str) -> ModelDescription:
-    """From JSON; AttributeError, LookupError, TypeError or ValueError if it is no description."""
-    document = json.loads(text)
-    if document["version"] != _FORMAT_VERSION:
-        raise ValueError(
-            f"its version must be {_FORMAT_VERSION}, got {document['version']!r}; another release wrote it"
-        )
-    settings = {**document["settings"], "tasks": tuple(document["settings"]["tasks"])}
-    return ModelDescription(
-        architecture=document["architecture"],
-        categories=tuple(
-            Category(id=c["id"], name=c["name"], is_thing=c["is_thing"], color=tuple(c["color"]))
-            for c in document["categories"]
-        ),
-        settings=PredictionSettings(**settings),
-        notes=document["notes"],
-    )
 
 
 def _fit(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], WeightReport]:

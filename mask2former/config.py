@@ -164,6 +164,7 @@ def inference_arguments(cfg: Any) -> dict[str, Any]:
         "sem_seg_postprocessing_before_inference": before or test.PANOPTIC_ON or test.INSTANCE_ON,
         "top_k": _at_least(cfg, "TEST.DETECTIONS_PER_IMAGE", 1),
         "score_threshold": test.SCORE_THRESHOLD,
+        "matrix_nms_sigma": _at_least(cfg, "MODEL.MASK_FORMER.TEST.MATRIX_NMS_SIGMA", 0),
     }
 
 

@@ -130,7 +130,9 @@ def load_start(
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     content, own_names = _read(source)
-    found, unused = match_names(model, state_for(model, content, where))
+    renamed = state_for(model, content, where)[1]
+    found, surplus = match_names(model, renamed.tensors)
+    unused = (*surplus, *renamed.unused)
     state = model.state_dict()
     _refuse_other_shapes(found, state, where)
     names = own_names if source_categories is None else source_categories

@@ -43,6 +43,7 @@ def prediction_settings(cfg: Any) -> PredictionSettings:
         overlap_threshold=inference["overlap_threshold"],
         top_k=inference["top_k"],
         score_threshold=inference["score_threshold"],
+        matrix_nms_sigma=inference["matrix_nms_sigma"],
         semantic_resize_first=inference["sem_seg_postprocessing_before_inference"],
         **config.test_resize_arguments(cfg),
     )
@@ -134,5 +135,6 @@ def image_result(
             top_k=settings["top_k"],
             is_thing=is_thing() if settings["panoptic_on"] else None,
             score_threshold=settings["score_threshold"],
+            matrix_nms_sigma=settings["matrix_nms_sigma"],
         )
     return ImageResult(semantic, panoptic, instances)

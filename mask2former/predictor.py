@@ -86,6 +86,7 @@ class Predictor:
         overlap_threshold: float = 0.8,
         top_k: int = 100,
         score_threshold: float = 0.0,
+        matrix_nms_sigma: float = 0.0,
         semantic_resize_first: bool = True,
     ) -> None:
         """Set up.
@@ -100,7 +101,7 @@ class Predictor:
                 pixel decoder and post-processing stay float32. A CPU without float16 instructions takes many times as
                 long in float16. docs/predictor.md has measured differences.
             tasks, shortest, longest, object_mask_threshold, overlap_threshold, top_k, score_threshold,
-                semantic_resize_first: see `PredictionSettings`.
+                matrix_nms_sigma, semantic_resize_first: see `PredictionSettings`.
 
         Raises:
             ValueError: if there is not one category a class, or a value is out of its range.
@@ -126,6 +127,7 @@ class Predictor:
             overlap_threshold=overlap_threshold,
             top_k=top_k,
             score_threshold=score_threshold,
+            matrix_nms_sigma=matrix_nms_sigma,
             semantic_resize_first=semantic_resize_first,
         )
         self.model = model.to(device).eval()
@@ -335,6 +337,7 @@ class Predictor:
                 top_k=settings.top_k,
                 is_thing=is_thing,
                 score_threshold=settings.score_threshold if threshold is None else threshold,
+                matrix_nms_sigma=settings.matrix_nms_sigma,
             )
             return InstancePicture.from_result(instances, self.categories)
         segments = panoptic_segmentation(

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
-from mask2former import checkpoint
+from mask2former import atomic_files
 from mask2former.build import build_model
 from mask2former.checkpoint import (
     ModelDescription,
@@ -165,7 +166,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(atomic_files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         save_model_file(file, model, describe(notes={"new": 1}))
     assert [p.name for p in file.parent.iterdir()] == [file.name]
@@ -176,7 +177,7 @@ def test_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "fsync", interrupt)
+    monkeypatch.setattr(atomic_files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "a.png", b"abc")
     assert not list(tmp_path.iterdir())
@@ -191,7 +192,7 @@ def test_data_are_on_disk_before_the_name_changes(tmp_path: Path, monkeypatch: p
         status = os.fstat(descriptor)
         seen.append(("folder" if stat.S_ISDIR(status.st_mode) else status.st_size, target.read_bytes()))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", look)
+    monkeypatch.setattr(atomic_files.os, "fsync", look)
     with target.open("rb") as reader:  # who has the old file open keeps it
         write_atomically(target, b"newer")
         assert reader.read() == b"old"
@@ -273,6 +274,51 @@ def test_metadata_that_are_no_json(file: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, file, {"mask2former": "{oops"})
     with pytest.raises(ValueError, match=r"model\.safetensors has a description that cannot be used"):
         load_model_file(file)
+
+
+def test_deeply_nested_metadata(file: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, file, {"mask2former": "[" * 100_000})
+    with pytest.raises(ValueError, match=r"model\.safetensors has a description .* nested too deeply"):
+        load_model_file(file)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("transformer_decoder", "num_queries", 10**8),
+        ("transformer_decoder", "num_queries", 10**30),
+        ("transformer_decoder", "num_layers", 10**9),
+        ("pixel_decoder", "dim_feedforward", 10**9),
+        ("backbone", "embed_dim", -16),
+    ],
+)
+def test_description_of_a_model_that_takes_all_memory(file: Path, part: str, key: str, value: int) -> None:
+    rewrite(file, lambda d: d["architecture"][part].update({key: value}))
+    with pytest.raises(ValueError, match=r"model\.safetensors has a description that cannot be used"):
+        load_model_file(file)
+
+
+@pytest.mark.parametrize("name", ["model_final.pth", "model_final.pkl"])
+def test_checkpoint_instead_of_a_model_file(tmp_path: Path, model: Mask2Former, name: str) -> None:
+    torch.save({"model": model.state_dict()}, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} is no model file, .*`python -m mask2former export`"):
+        load_model_file(tmp_path / name)
+
+
+def test_how_images_are_prepared_stands_in_every_file(tmp_path: Path, model: Mask2Former) -> None:
+    """Also where it is the default, so that another program can prepare them without this project."""
+    path = tmp_path / "m.safetensors"
+    save_model_file(path, model, describe(architecture=architecture()))
+    with safetensors.safe_open(path, framework="pt") as opened:
+        document = json.loads(opened.metadata()["mask2former"])
+    assert document["architecture"]["input"] == {
+        "image_format": "RGB",
+        "pixel_mean": [123.675, 116.28, 103.53],
+        "pixel_std": [58.395, 57.12, 57.375],
+        "size_divisibility": 32,
+    }
+    assert document["settings"]["shortest"] == 96
+    assert document["categories"][1] == {"id": 11, "name": "class 1 é", "is_thing": False, "color": [1, 40, 255]}
 
 
 def test_weights_that_do_not_fit_their_description(file: Path) -> None:

@@ -270,6 +270,7 @@ def test_inference_defaults() -> None:
         "sem_seg_postprocessing_before_inference": False,
         "top_k": 100,
         "score_threshold": 0.0,
+        "matrix_nms_sigma": 0.0,
     }
     assert config.test_resize_arguments(make_config()) == {"shortest": 800, "longest": 1333}
 

@@ -126,7 +126,10 @@ def test_unknown_model_file(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     done = process("--input", "a.png", "--output", "out", "--model", "none.safetensors", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip() == "demo: --model cannot be used: there is no file none.safetensors"
+    assert done.stderr.strip() == (
+        "demo: --model cannot be used: there is no file none.safetensors, and no published model of that name: "
+        "`python -m mask2former models` lists those"
+    )
 
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:
@@ -305,7 +308,7 @@ def test_full_disk(
         raise OSError(28, "No space left on device")
 
     path = save(tmp_path / "a.png")
-    monkeypatch.setattr("mask2former.checkpoint.os.fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     assert run("--input", path) == 1
     captured = capsys.readouterr()
     assert "demo: skipped" in captured.err
@@ -330,7 +333,7 @@ def test_interrupt(
             raise KeyboardInterrupt
         real(descriptor)
 
-    monkeypatch.setattr("mask2former.checkpoint.os.fsync", interrupt_second)
+    monkeypatch.setattr("os.fsync", interrupt_second)
     assert run("--input", tmp_path / "in") == 130
     assert "demo: interrupted" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["a.png"]
@@ -561,7 +564,9 @@ def test_a_name_that_is_no_model(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--input", save(tmp_path / "a.png"), "--model", "nonsense") == 2
-    assert "bundled are panoptic and nuclei, and python -m mask2former models" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--model cannot be used: there is no file nonsense" in error
+    assert error.endswith("; bundled are panoptic and nuclei\n")
 
 
 # ---- videos and cameras

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,79 @@ def test_damaged_pickles_are_never_worse_than_an_error(tmp_path: Path) -> None:
             except ValueError as error:
                 assert "damaged.pkl" in str(error)
 
+
+# ---- files that would take all memory
+
+
+def test_pickle_that_numbers_an_object_far_too_high(tmp_path: Path) -> None:
+    """Python would make room for 2^31 objects."""
+    path = tmp_path / "memo.pkl"
+    path.write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
+    with pytest.raises(ValueError, match=r"memo\.pkl cannot be read as weights: it numbers an object 2147483647"):
+        read_weights(path)
+
+
+class ManyBytes:
+    """A few bytes in the file, which ask for a terabyte."""
+
+    def __reduce__(self) -> Any:
+        return bytes, (10**12,)
+
+
+def test_pickle_that_makes_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.pkl"
+    for protocol in (2, 4):
+        path.write_bytes(pickle.dumps({"model": ManyBytes()}, protocol=protocol))
+        with pytest.raises(ValueError, match=r"bytes\.pkl cannot be read as weights"):
+            read_weights(path)
+    path.write_bytes(pickle.dumps({"model": {}, "none": b""}, protocol=2))  # which calls bytes(), too
+    assert read_weights(path) == {"model": {}, "none": b""}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_tensors_that_repeat_one_number(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"expanded{suffix}"
+    state = {"weight": torch.zeros(1).expand(10**12)}
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps({"model": state}, protocol=2))
+    else:
+        torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"expanded\{suffix} must hold every value .* 'weight' \(1000000000000,\)"):
+        load_weights(fresh_model(), path)
+
+
+def test_compressed_archive_that_is_larger_inside(tmp_path: Path) -> None:
+    plain, path = tmp_path / "plain.pth", tmp_path / "zip.pth"
+    torch.save({"weight": torch.zeros(10**6)}, plain)
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in archive.infolist():
+            packed.writestr(entry.filename, archive.read(entry))
+    assert path.stat().st_size < plain.stat().st_size / 100
+    with pytest.raises(ValueError, match=r"zip\.pth cannot be read as weights: it would unpack to 400\d+ bytes"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("size", [0, 3, 200, -10])
+def test_truncated_archive(tmp_path: Path, size: int, model: Mask2Former) -> None:
+    path = tmp_path / "cut.pth"
+    torch.save(model.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"cut\.pth cannot be read as weights"):
+        load_weights(fresh_model(), path)
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"a", b"\x00" * 50, b"RIFF" * 20, b"<html>", b"hello world, " * 9])
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
+def test_other_files_under_these_names(tmp_path: Path, junk: bytes, suffix: str) -> None:
+    path = tmp_path / f"other{suffix}"
+    path.write_bytes(junk)
+    with pytest.raises(ValueError, match=rf"other\{suffix}"):
+        read_weights(path)
+
+
+def test_tensors_that_are_not_dense() -> None:
+    with pytest.raises(ValueError, match=r"dense tensors, got torch\.sparse_coo of torch\.float32 as 'odd'"):
+        load_weights(fresh_model(), {"odd": torch.eye(3).to_sparse()})
 
 
 def test_renamed_model_file_with_a_pickle_inside(tmp_path: Path) -> None:

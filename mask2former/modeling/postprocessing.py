@@ -1,40 +1,34 @@
 """From mask predictions to semantic, panoptic and instance segmentation (MaskFormer section 3.4).
 
-Pure functions of one image's prediction. Queries are chosen before masks are enlarged, and enlarged in
-chunks, so that memory does not grow with the number of queries.
+Pure functions of one image's prediction. Queries are chosen before masks are enlarged, and enlarged in bands of rows
+and a few at a time, so that besides the result only a bounded number of pixels is in memory, however large the picture
+is and however many queries there are. Bands change nothing but the rounding of sums (docs/huge_images.md).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_PIXELS = 1 << 26  # mask logits enlarged at a time: 256 MiB in float32
+from mask2former.modeling.bands import MaskGeometry
+from mask2former.modeling.mask_measures import areas_of, masks_to_boxes, measure_masks
+from mask2former.modeling.matrix_nms import matrix_nms_decay
 
-
-@dataclass(frozen=True)
-class MaskGeometry:
-    """How the mask logits of an image get to the output: canvas, crop, output, both resizes bilinear.
-
-    Attributes:
-        canvas: (height, width) of the padded batch, which the mask logits cover.
-        image_size: (height, width) of the image on the canvas, its upper left part.
-        output_size: (height, width) of the result.
-    """
-
-    canvas: tuple[int, int]
-    image_size: tuple[int, int]
-    output_size: tuple[int, int]
-
-    def resize(self, maps: Tensor) -> Tensor:
-        """(N, h, w) of the canvas -> (N, *output_size)."""
-        return self.from_canvas(_resize(maps, self.canvas))
-
-    def from_canvas(self, maps: Tensor) -> Tensor:
-        """(N, *canvas) -> (N, *output_size)."""
-        return _resize(maps[:, : self.image_size[0], : self.image_size[1]], self.output_size)
+__all__ = [
+    "CompactInstances",
+    "InstanceResult",
+    "MaskGeometry",
+    "PanopticResult",
+    "PanopticSegment",
+    "compact_instance_segmentation",
+    "instance_segmentation",
+    "masks_to_boxes",
+    "panoptic_segmentation",
+    "semantic_labels",
+    "semantic_segmentation",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,34 @@ class InstanceResult:
     queries: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class CompactInstances:
+    """Instances whose masks are made one at a time, as all of them can be gigabytes. Best score first.
+
+    Attributes:
+        labels, scores, boxes: as of `InstanceResult`.
+        areas: (N,) int64 pixels.
+        queries: (N,) int64 place in ``mask_logits``.
+        mask_logits: (Q', h, w) of the queries that became instances.
+        geometry: how they get to the output.
+    """
+
+    labels: Tensor
+    scores: Tensor
+    boxes: Tensor
+    areas: Tensor
+    queries: Tensor
+    mask_logits: Tensor
+    geometry: MaskGeometry
+
+    @torch.no_grad()
+    def mask(self, instance: int) -> Tensor:
+        """The mask (H, W) bool of an instance: the one that `InstanceResult` has."""
+        mask = torch.empty(1, *self.geometry.output_size, dtype=torch.bool, device=self.mask_logits.device)
+        measure_masks(self.mask_logits[self.queries[instance]][None], self.geometry, mask)
+        return mask[0]
+
+
 @torch.no_grad()
 def semantic_segmentation(
     class_logits: Tensor, mask_logits: Tensor, geometry: MaskGeometry, *, resize_first: bool = True
@@ -107,15 +129,28 @@ def semantic_segmentation(
     Returns:
         (K, *output_size) float32 scores, not normalised.
     """
-    probability = class_logits.float().softmax(-1)[:, :-1]  # (Q, K)
-    size = geometry.output_size if resize_first else geometry.canvas
-    scores = mask_logits.new_zeros(probability.shape[1], size[0] * size[1], dtype=torch.float32)
-    for chunk in _chunks(len(mask_logits), geometry):
-        logits = mask_logits[chunk].float()
-        logits = geometry.resize(logits) if resize_first else _resize(logits, geometry.canvas)
-        scores.addmm_(probability[chunk].t(), logits.sigmoid().flatten(1))  # in place: (K, H, W) can be gigabytes
-    scores = scores.unflatten(1, size)  # (K, H, W)
-    return scores if resize_first else geometry.from_canvas(scores)
+    scores = mask_logits.new_empty(class_logits.shape[1] - 1, *geometry.output_size, dtype=torch.float32)
+    for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first):
+        scores[:, rows] = band
+    return scores
+
+
+@torch.no_grad()
+def semantic_labels(
+    class_logits: Tensor, mask_logits: Tensor, geometry: MaskGeometry, *, resize_first: bool = True
+) -> Tensor:
+    """The class with the largest score of each pixel; scores of all classes are never there for the whole picture.
+
+    Args:
+        class_logits, mask_logits, geometry, resize_first: as of `semantic_segmentation`.
+
+    Returns:
+        (*output_size) int32, the arg-max of `semantic_segmentation`.
+    """
+    labels = torch.empty(geometry.output_size, dtype=torch.int32, device=mask_logits.device)
+    for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first):
+        labels[rows] = band.argmax(0)
+    return labels
 
 
 @torch.no_grad()
@@ -155,13 +190,12 @@ def panoptic_segmentation(
         return PanopticResult(torch.zeros(height, width, dtype=torch.int32, device=mask_logits.device), [], [])
     scores, labels, mask_logits = scores[kept], labels[kept], mask_logits[kept]
 
-    winner, winner_is_sure, own_area = _competition(scores, mask_logits, geometry)
-    won_area = torch.bincount(winner.flatten(), minlength=len(kept))
-    sure_area = torch.bincount(winner[winner_is_sure], minlength=len(kept))
-    *numbers, kept_queries = torch.stack([labels, won_area, own_area, sure_area, kept]).tolist()  # one copy to the host
+    ids, areas = _competition(scores, mask_logits, geometry)
+    *numbers, kept_queries = torch.stack([labels, *areas, kept]).tolist()  # one copy to the host
     segments, new_ids = _build_segments(numbers, scores.tolist(), is_thing.tolist(), overlap_threshold)
-    lookup = torch.tensor(new_ids, dtype=torch.int32, device=winner.device)
-    ids = torch.where(winner_is_sure, lookup[winner], 0)
+    lookup = torch.tensor([0, *new_ids], dtype=torch.int32, device=ids.device)
+    for rows in geometry.bands(mask_logits).bands(1):
+        ids[rows] = lookup[ids[rows].long()]
     queries: list[list[int]] = [[] for _ in segments]
     for query, new_id in zip(kept_queries, new_ids, strict=True):
         if new_id:
@@ -178,6 +212,7 @@ def instance_segmentation(
     top_k: int,
     is_thing: Tensor | None = None,
     score_threshold: float = 0.0,
+    matrix_nms_sigma: float = 0.0,
 ) -> InstanceResult:
     """Take the best (query, class) pairs as instances; one query may appear with several classes.
 
@@ -189,6 +224,8 @@ def instance_segmentation(
         is_thing: (K,) bool; other classes are left out after the top k were taken, as published. None: keep
             all.
         score_threshold: keep instances whose final score is at least this; 0 keeps all.
+        matrix_nms_sigma: above 0, lower the scores of masks that repeat better ones, see `matrix_nms_decay`; overlaps
+            are those of the mask logits' own size. 0, as published: leave them.
 
     Returns:
         The instances.
@@ -196,71 +233,150 @@ def instance_segmentation(
     Raises:
         ValueError: if ``top_k`` is below 1.
     """
+    found = _candidates(class_logits, top_k, is_thing, score_threshold)
+    queries, place = found.queries.unique(return_inverse=True)  # each mask is enlarged once
+    masks = torch.empty(len(place), *geometry.output_size, dtype=torch.bool, device=mask_logits.device)
+    mask_logits = mask_logits[queries]
+    measures = measure_masks(mask_logits, geometry, masks[: len(queries)])
+    found = found._replace(scores=found.scores * measures.quality[place])
+    scores, order = _final_scores(found, mask_logits, place, score_threshold, matrix_nms_sigma)
+    place = place[order]
+    for rows in geometry.bands(mask_logits).bands(len(place)):  # put in order within their memory: it can be gigabytes
+        masks[: len(place), rows] = masks[place, rows]
+    return InstanceResult(
+        found.labels[order], scores, masks[: len(place)], measures.boxes[place], found.queries[order]
+    )
+
+
+@torch.no_grad()
+def compact_instance_segmentation(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    geometry: MaskGeometry,
+    *,
+    top_k: int,
+    is_thing: Tensor | None = None,
+    score_threshold: float = 0.0,
+    matrix_nms_sigma: float = 0.0,
+) -> CompactInstances:
+    """The same instances as `instance_segmentation`, without their masks, which can be asked for one by one.
+
+    Args:
+        class_logits, mask_logits, geometry, top_k, is_thing, score_threshold, matrix_nms_sigma: as of
+            `instance_segmentation`.
+
+    Raises:
+        ValueError: if ``top_k`` is below 1.
+    """
+    found = _candidates(class_logits, top_k, is_thing, score_threshold)
+    queries, place = found.queries.unique(return_inverse=True)
+    mask_logits = mask_logits[queries]
+    measures = measure_masks(mask_logits, geometry)
+    found = found._replace(scores=found.scores * measures.quality[place])
+    scores, order = _final_scores(found, mask_logits, place, score_threshold, matrix_nms_sigma)
+    place = place[order]
+    return CompactInstances(
+        found.labels[order], scores, measures.boxes[place], measures.areas[place], place, mask_logits, geometry
+    )
+
+
+class _Candidates(NamedTuple):
+    """Pairs of query and class, best first, (N,) each."""
+
+    scores: Tensor
+    queries: Tensor
+    labels: Tensor
+
+
+def _candidates(class_logits: Tensor, top_k: int, is_thing: Tensor | None, score_threshold: float) -> _Candidates:
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     probability = class_logits.float().softmax(-1)[:, :-1]  # (Q, K)
     num_classes = probability.shape[1]
-    class_scores, place = probability.flatten().topk(min(top_k, probability.numel()))
-    query, labels = place.div(num_classes, rounding_mode="floor"), place % num_classes
+    scores, place = probability.flatten().topk(min(top_k, probability.numel()))
+    found = _Candidates(scores, place.div(num_classes, rounding_mode="floor"), place % num_classes)
     if is_thing is not None:
-        keep = is_thing.to(labels.device)[labels]
-        class_scores, query, labels = class_scores[keep], query[keep], labels[keep]
+        keep = is_thing.to(place.device)[found.labels]
+        found = _Candidates(*(part[keep] for part in found))
     if score_threshold > 0:  # mask quality is at most 1, so these cannot reach the threshold
-        keep = class_scores >= score_threshold
-        class_scores, query, labels = class_scores[keep], query[keep], labels[keep]
+        keep = found.scores >= score_threshold
+        found = _Candidates(*(part[keep] for part in found))
+    return found
 
-    unique, row = query.unique(return_inverse=True)  # each mask is enlarged once
-    masks, quality = _binary_masks(mask_logits[unique], geometry)
-    scores = class_scores * quality[row]
+
+def _final_scores(
+    found: _Candidates, mask_logits: Tensor, place: Tensor, score_threshold: float, matrix_nms_sigma: float
+) -> tuple[Tensor, Tensor]:
+    """Scores of at least the threshold, best first, and which candidates have them; ``place`` of mask logits (N,)."""
+    scores = found.scores
+    if matrix_nms_sigma > 0:
+        scores = scores * matrix_nms_decay(scores, found.labels, mask_logits[place] > 0, matrix_nms_sigma)
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] >= score_threshold]
-    masks = masks[row[order]]
-    return InstanceResult(labels[order], scores[order], masks, masks_to_boxes(masks), query[order])
+    return scores[order], order
 
 
-def masks_to_boxes(masks: Tensor) -> Tensor:
-    """Boxes around masks.
-
-    Args:
-        masks: (N, H, W) bool.
-
-    Returns:
-        (N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask.
-    """
-    N, H, W = masks.shape
-    if N == 0:
-        return torch.zeros(0, 4, device=masks.device)
-    columns, rows = masks.any(1), masks.any(2)  # (N, W), (N, H)
-    x0, y0 = columns.int().argmax(1), rows.int().argmax(1)  # argmax gives the first maximum
-    x1, y1 = W - columns.flip(1).int().argmax(1), H - rows.flip(1).int().argmax(1)
-    boxes = torch.stack([x0, y0, x1, y1], dim=1).float()
-    return boxes * rows.any(1, keepdim=True)
+def _semantic_bands(
+    class_logits: Tensor, mask_logits: Tensor, geometry: MaskGeometry, resize_first: bool
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the result, and their scores (K, number of rows, W)."""
+    probability = class_logits.float().softmax(-1)[:, :-1]  # (Q, K)
+    resizer, last = (geometry.bands(mask_logits), None) if resize_first else geometry.canvas_bands(mask_logits)
+    for rows in (last or resizer).bands(max(probability.shape)):
+        wanted = rows if last is None else last.source_rows(rows)
+        size = (wanted.stop - wanted.start, resizer.size[1])
+        scores = mask_logits.new_zeros(probability.shape[1], size[0] * size[1], dtype=torch.float32)
+        for chunk, logits in resizer.chunks(mask_logits, wanted):
+            scores.addmm_(probability[chunk].t(), logits.sigmoid().flatten(1))
+        band = scores.unflatten(1, size)  # (K, R, W)
+        yield rows, band if last is None else last(band, rows)
 
 
 def _competition(
     scores: Tensor, mask_logits: Tensor, geometry: MaskGeometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Winner of each pixel, chunk by chunk with a running maximum.
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Winner of each pixel: the query with the largest score times mask probability.
 
     Returns:
-        winner: (H, W) int64 index of the query with the largest score times mask probability.
-        winner_is_sure: (H, W) bool, the winner's mask probability is at least 0.5.
-        own_area: (Q,) int64, pixels of each query with mask probability at least 0.5.
+        places: (H, W) int32, 1 + the winner where its mask probability is at least 0.5, otherwise 0.
+        areas: (Q,) int64 each, the pixels of each query: won; with mask probability at least 0.5; both.
     """
-    height, width = geometry.output_size
-    best = mask_logits.new_full((height, width), -1.0, dtype=torch.float32)
-    winner = torch.zeros(height, width, dtype=torch.int64, device=mask_logits.device)
-    winner_is_sure = torch.zeros(height, width, dtype=torch.bool, device=mask_logits.device)
+    queries = len(scores)
+    places = torch.empty(geometry.output_size, dtype=torch.int32, device=mask_logits.device)
+    won, own, sure = torch.zeros(3, queries, dtype=torch.int64, device=mask_logits.device)
+    resizer = geometry.bands(mask_logits)
+    for rows in resizer.bands(queries):
+        winner, is_sure, own_area = _band_competition(scores, resizer.chunks(mask_logits, rows))
+        won += torch.bincount(winner.flatten(), minlength=queries)
+        own += own_area
+        place = torch.where(is_sure, winner + 1, 0)  # (R, W)
+        sure += torch.bincount(place.flatten(), minlength=queries + 1)[1:]
+        places[rows] = place
+    return places, (won, own, sure)
+
+
+def _band_competition(
+    scores: Tensor, chunks: Iterator[tuple[slice, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Winner (R, W) int64, whether its probability is at least 0.5 (R, W) bool, and all queries' own area (Q,)."""
+    best = winner = winner_is_sure = None
     own_areas = []
-    for chunk in _chunks(len(mask_logits), geometry):
-        probability = geometry.resize(mask_logits[chunk].float()).sigmoid()  # (chunk, H, W)
-        sure = probability >= 0.5
-        own_areas.append(sure.flatten(1).sum(1))
-        value, index = (scores[chunk, None, None] * probability).max(0)
+    for chunk, logits in chunks:
+        probability = logits.sigmoid_()  # (n, R, W)
+        is_sure = probability >= 0.5
+        own_areas.append(areas_of(is_sure))
+        value, index = probability.mul_(scores[chunk, None, None]).max(0)
+        index_is_sure = is_sure.gather(0, index[None])[0]  # (R, W)
+        index += chunk.start
+        if best is None or winner is None or winner_is_sure is None:
+            best, winner, winner_is_sure = value, index, index_is_sure
+            continue
         better = value > best  # strictly: of equal values the first query wins, as in one arg-max
         best = torch.where(better, value, best)
-        winner = torch.where(better, index + chunk.start, winner)
-        winner_is_sure = torch.where(better, sure.gather(0, index[None])[0], winner_is_sure)
+        winner = torch.where(better, index, winner)
+        winner_is_sure = torch.where(better, index_is_sure, winner_is_sure)
+    assert winner is not None  # there are queries
+    assert winner_is_sure is not None
     return winner, winner_is_sure, torch.cat(own_areas)
 
 
@@ -287,29 +403,3 @@ def _build_segments(
         segments.append(PanopticSegment(len(segments) + 1, label, is_thing[label], score, sure))
         new_ids.append(len(segments))
     return segments, new_ids
-
-
-def _binary_masks(mask_logits: Tensor, geometry: MaskGeometry) -> tuple[Tensor, Tensor]:
-    """(N, H, W) bool where the logit is positive, and (N,) mean probability inside (0 if empty)."""
-    masks = torch.zeros(len(mask_logits), *geometry.output_size, dtype=torch.bool, device=mask_logits.device)
-    quality = mask_logits.new_zeros(len(mask_logits), dtype=torch.float32)
-    for chunk in _chunks(len(mask_logits), geometry):
-        logits = geometry.resize(mask_logits[chunk].float())
-        inside = logits > 0
-        masks[chunk] = inside
-        total = (logits.sigmoid() * inside).flatten(1).sum(1)
-        quality[chunk] = total / (inside.flatten(1).sum(1) + 1e-6)
-    return masks, quality
-
-
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if maps.shape[1:] == size:
-        return maps
-    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-
-
-def _chunks(count: int, geometry: MaskGeometry) -> Iterator[slice]:
-    largest = max(h * w for h, w in (geometry.canvas, geometry.output_size))
-    step = max(1, CHUNK_PIXELS // largest)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))

@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mask2former.modeling import postprocessing
+from mask2former.modeling import bands
+from mask2former.modeling.bands import BandResizer
 from mask2former.modeling.postprocessing import (
     InstanceResult,
     MaskGeometry,
     PanopticResult,
+    compact_instance_segmentation,
     instance_segmentation,
     masks_to_boxes,
     panoptic_segmentation,
+    semantic_labels,
     semantic_segmentation,
 )
 
@@ -343,8 +346,8 @@ def test_a_query_may_appear_with_several_classes_and_its_mask_is_enlarged_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     enlarged: list[int] = []
-    original = MaskGeometry.resize
-    monkeypatch.setattr(MaskGeometry, "resize", lambda *args: enlarged.append(len(args[1])) or original(*args))
+    original = BandResizer.chunks
+    monkeypatch.setattr(BandResizer, "chunks", lambda *args: enlarged.append(len(args[1])) or original(*args))
     class_logits = torch.tensor([[3.0, 2.0, -9.0, -9.0, -9.0]])
     result = _instances(_Case(class_logits, torch.full((1, 8, 16), 9.0)), top_k=2)
     assert result.labels.tolist() == [0, 1]
@@ -383,8 +386,8 @@ def test_no_boxes_of_no_masks() -> None:
 # ------------------------------------------------------------------------------------------------ all three
 
 
-@pytest.mark.parametrize("pixels", [1, 5000])
-def test_chunks_change_nothing(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("pixels", "rows", "parts"), [(1, 1, 19 * 30), (5000, 8, 5 + 5 + 2), (1 << 18, 8, 1)])
+def test_bands_and_chunks_change_nothing(pixels: int, rows: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = _case(queries=30, sharpness=3.0)
 
     def results() -> tuple[Tensor, ...]:
@@ -393,11 +396,14 @@ def test_chunks_change_nothing(pixels: int, monkeypatch: pytest.MonkeyPatch) -> 
         panoptic = _panoptic(case, overlap_threshold=0.1)
         areas = torch.tensor([(s.category_id, s.area) for s in panoptic.segments])
         instances = _instances(case)
-        return semantic, late, panoptic.ids, areas, instances.scores, instances.labels, instances.masks
+        return semantic, late, panoptic.ids, areas, instances.scores, instances.labels, instances.masks, instances.boxes
 
+    monkeypatch.setattr(bands, "CPU_CHUNK_PIXELS", 1 << 30)
     whole = results()
-    monkeypatch.setattr(postprocessing, "CHUNK_PIXELS", pixels)
-    assert len(list(postprocessing._chunks(30, GEOMETRY))) == (30 if pixels == 1 else 15)
+    monkeypatch.setattr(bands, "CPU_CHUNK_PIXELS", pixels)
+    monkeypatch.setattr(bands, "MIN_ROWS", rows)
+    resizer = GEOMETRY.bands(case.mask_logits)
+    assert sum(len(list(resizer.chunks(case.mask_logits, band))) for band in resizer.bands(30)) == parts
     for found, expected in zip(results(), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -406,15 +412,40 @@ def test_first_of_equal_queries_wins_in_any_chunk(monkeypatch: pytest.MonkeyPatc
     case = _blocks([0, 2, 2], [(0, 8), (0, 8), (0, 8)])
     case.class_logits[torch.arange(3), torch.tensor([0, 2, 2])] = 20.0
     whole = _panoptic(case, PLAIN)
-    monkeypatch.setattr(postprocessing, "CHUNK_PIXELS", 1)
+    monkeypatch.setattr(bands, "CPU_CHUNK_PIXELS", 1)
     chunked = _panoptic(case, PLAIN)
     assert [s.category_id for s in whole.segments] == [s.category_id for s in chunked.segments] == [0]
 
 
-def test_chunks_cover_all_queries_once() -> None:
-    for count in (0, 1, 7):
-        covered = [i for chunk in postprocessing._chunks(count, GEOMETRY) for i in range(count)[chunk]]
-        assert covered == list(range(count))
+def test_inputs_are_not_changed() -> None:
+    """Without a resize there is nothing between them and what is computed in place."""
+    case = _case(size=(4, 8))
+    before = [x.clone() for x in case]
+    for _ in (_panoptic(case, PLAIN), _instances(case, PLAIN), semantic_segmentation(*case, PLAIN)):
+        assert all(torch.equal(x, y) for x, y in zip(case, before, strict=True))
+
+
+@pytest.mark.parametrize("resize_first", [True, False])
+def test_semantic_labels_are_the_arg_max(resize_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "CPU_CHUNK_PIXELS", 3000)
+    case = _blocks([1, 0, 2], [(0, 2), (2, 5), (5, 8)])
+    labels = semantic_labels(*case, GEOMETRY, resize_first=resize_first)
+    assert labels.dtype == torch.int32
+    expected = semantic_segmentation(*case, GEOMETRY, resize_first=resize_first).argmax(0)
+    assert torch.equal(labels, expected.int())
+    assert labels.unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("score_threshold", [0.0, 0.3, 2.0])
+def test_compact_instances_are_the_instances(score_threshold: float) -> None:
+    case = _case(sharpness=2.0)
+    case.mask_logits[3] = -5  # one empty mask
+    full = _instances(case, score_threshold=score_threshold)
+    compact = compact_instance_segmentation(*case, GEOMETRY, top_k=20, score_threshold=score_threshold)
+    for name in ("labels", "scores", "boxes"):
+        assert torch.equal(getattr(compact, name), getattr(full, name)), name
+    assert torch.equal(compact.areas, full.masks.flatten(1).sum(1))
+    assert all(torch.equal(compact.mask(i), mask) for i, mask in enumerate(full.masks))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -459,9 +490,8 @@ class _LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_memory_is_bounded_by_kept_queries_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 queries at 2000 x 2500 would be 2 GB at once; 3 are kept, and chunks hold 2."""
-    monkeypatch.setattr(postprocessing, "CHUNK_PIXELS", 10_000_000)
+def test_memory_is_that_of_the_result() -> None:
+    """100 queries at 2000 x 2500 would be 2 GB at once; 3 are kept, and no map of one of them is ever made."""
     geometry = MaskGeometry((512, 640), (512, 640), (2000, 2500))
     pixels = 2000 * 2500
     class_logits = torch.randn(100, 5)
@@ -470,11 +500,18 @@ def test_memory_is_bounded_by_kept_queries_and_chunks(monkeypatch: pytest.Monkey
     case = _Case(class_logits, torch.randn(100, 128, 160))
     with _LargestTensor() as tracker:
         _panoptic(case, geometry)
-    assert 4 * pixels <= tracker.largest <= 8 * pixels  # one or two maps in float32, or one in int64
+    assert tracker.largest == 4 * pixels  # the ids
     with _LargestTensor() as tracker:
         result = _instances(case, geometry, score_threshold=0.3)
     assert len(result.scores) == 3
-    assert tracker.largest <= 8 * pixels
+    assert tracker.largest == 3 * pixels  # the masks
+    with _LargestTensor() as tracker:
+        compact = compact_instance_segmentation(*case, geometry, top_k=20, score_threshold=0.3)
+    assert len(compact.scores) == 3
+    assert tracker.largest < pixels
     with _LargestTensor() as tracker:
         semantic_segmentation(class_logits[:7, :2], case.mask_logits[:7], geometry)
-    assert tracker.largest <= 8 * pixels
+    assert tracker.largest == 4 * pixels  # the scores of one class
+    with _LargestTensor() as tracker:
+        semantic_labels(class_logits[:7], case.mask_logits[:7], geometry)
+    assert tracker.largest == 4 * pixels  # the labels

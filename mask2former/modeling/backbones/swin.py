@@ -243,7 +243,7 @@ class _WindowAttention(nn.Module):
         self.attn_drop = attn_drop
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", _relative_position_index(window_size))
+        self.register_buffer("relative_position_index", relative_position_index(window_size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -297,7 +297,7 @@ class _PatchMerging(nn.Module):
         return self.reduction(self.norm(x.flatten(3)))  # (B, H/2, W/2, 2C)
 
 
-def _relative_position_index(side: int) -> Tensor:
+def relative_position_index(side: int) -> Tensor:
     """(T, T) int64: row of the bias table for each pair of tokens of a side x side window."""
     axis = torch.arange(side)
     coords = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1)  # (2, T)

@@ -1,0 +1,42 @@
+"""Matrix NMS: lowers the scores of masks that lie over better ones of their class (SOLOv2 section 3.3)."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def matrix_nms_decay(scores: Tensor, labels: Tensor, masks: Tensor, sigma: float) -> Tensor:
+    """Factors for the scores of masks, 1 where nothing better of the same class overlaps.
+
+    The factor of a mask is the smallest, over the better masks of its class, of
+    ``exp(-sigma * iou ** 2) / exp(-sigma * worst ** 2)``: iou is that of the two, worst the largest iou of the better
+    mask with one still better, so that a mask which is itself suppressed suppresses little.
+
+    Args:
+        scores: (N,), any order; of equal scores the first is the better one.
+        labels: (N,) class of each mask.
+        masks: (N, h, w) bool.
+        sigma: above 0; the larger, the lower fall the scores. SOLOv2 has 2.
+
+    Returns:
+        (N,) float32 in (0, 1].
+
+    Raises:
+        ValueError: if sigma is not above 0.
+    """
+    if not sigma > 0:
+        raise ValueError(f"sigma must be above 0, got {sigma}")
+    if len(scores) == 0:
+        return scores.new_ones(0, dtype=torch.float32)
+    order = scores.argsort(descending=True, stable=True)
+    pixels = masks[order].flatten(1).float()  # (N, h * w)
+    common = pixels @ pixels.t()  # (N, N) exact: counts below 2 ** 24
+    area = common.diagonal()
+    iou = common / (area[:, None] + area - common).clamp(min=1)
+    same_class = labels[order][:, None] == labels[order]
+    iou = (iou * same_class).triu(1)  # row: the better one
+    worst = iou.amax(0)  # (N,)
+    decay = (-sigma * (iou.square() - worst.square()[:, None])).exp()
+    # not above 1, as worst is 0 in the best mask's row; its own column has no better mask
+    decay = torch.where(torch.ones_like(decay, dtype=torch.bool).triu(1), decay, 1).amin(0)
+    return torch.empty_like(decay).scatter_(0, order, decay)
