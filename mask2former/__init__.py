@@ -6,6 +6,7 @@ Importing this package never imports Detectron2. `add_maskformer2_config`, which
 `SemanticSegmentorWithTTA` are loaded from `mask2former.d2` when they are first asked for.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,9 @@ def load(path_or_name: str | Path, device: "str | torch.device" = "cpu", **overr
     if isinstance(path_or_name, str) and zoo.is_model_name(path_or_name):
         return zoo.load_predictor(path_or_name, device, **overrides)
     if not Path(path_or_name).exists():
-        raise FileNotFoundError(
-            f"there is no file {path_or_name}, and no published model of that name: `python -m mask2former models` "
-            "lists those"
-        )
+        near = get_close_matches(str(path_or_name), zoo.MODELS)
+        hint = f"similar names: {', '.join(near)}" if near else "`python -m mask2former models` lists those"
+        raise FileNotFoundError(f"there is no file {path_or_name}, and no published model of that name; {hint}")
     return Predictor.from_file(path_or_name, device, **overrides)
 
 

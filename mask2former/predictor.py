@@ -33,7 +33,7 @@ from mask2former.modeling.postprocessing import (
     MaskGeometry,
     instance_segmentation,
     panoptic_segmentation,
-    semantic_segmentation,
+    semantic_labels,
 )
 from mask2former.modeling.structures import MaskPrediction
 from mask2former.results import InstancePicture, PanopticPicture, PictureResult, Segment, SemanticPicture
@@ -327,8 +327,8 @@ class Predictor:
     ) -> PictureResult:
         settings = self.settings
         if task == "semantic":
-            scores = semantic_segmentation(*prediction, geometry, resize_first=settings.semantic_resize_first)
-            return SemanticPicture.from_scores(scores, self.categories)
+            labels = semantic_labels(*prediction, geometry, resize_first=settings.semantic_resize_first)
+            return SemanticPicture(labels.cpu().numpy(), self.categories)
         is_thing = torch.tensor([category.is_thing for category in self.categories])  # (K,)
         if task == "instance":
             instances = instance_segmentation(

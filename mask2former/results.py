@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from mask2former.checkpoint import write_atomically
 from mask2former.data.catalog import Category
@@ -292,11 +291,6 @@ class SemanticPicture:
 
     labels: NDArray[np.int32]
     categories: tuple[Category, ...]
-
-    @classmethod
-    def from_scores(cls, scores: Tensor, categories: tuple[Category, ...]) -> "SemanticPicture":
-        """From what `semantic_segmentation` gives, (K, H, W) on any device: the best class of each pixel."""
-        return cls(scores.argmax(0).int().cpu().numpy(), categories)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -50,11 +50,11 @@ def run_tile(args: argparse.Namespace) -> int:
 def _segment(args: argparse.Namespace) -> str:
     from tqdm import tqdm
 
-    from mask2former.predictor import Predictor
+    from mask2former import load
     from mask2former.tiling.large import segment_large
     from mask2former.tiling.results import LargeInstances, LargePanoptic
 
-    predictor = Predictor.from_file(args.model, args.device)
+    predictor = load(args.model, args.device)
     task = args.task or predictor.settings.tasks[0]
     threshold = 0.5 if args.threshold is None and task == "instance" else args.threshold
     with tqdm(unit=" tiles", disable=None) as bar:

@@ -21,7 +21,8 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((*arguments, overrides))
         return "a predictor"
 
-    zoo = SimpleNamespace(is_model_name=lambda text: text == "coco-panoptic-r50", load_predictor=load_predictor)
+    models = {"coco-panoptic-r50": None}
+    zoo = SimpleNamespace(MODELS=models, is_model_name=models.__contains__, load_predictor=load_predictor)
     monkeypatch.setitem(sys.modules, "mask2former.zoo", zoo)
     monkeypatch.setattr(mask2former, "zoo", zoo, raising=False)
     return calls
@@ -56,8 +57,10 @@ def test_file_of_such_a_name(file: Path, fetched: list[Any], monkeypatch: pytest
 
 
 def test_neither(tmp_path: Path, file: Path, fetched: list[Any]) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file coco-r50, and no published model .*mask2former models`"):
-        mask2former.load("coco-r50")
+    with pytest.raises(FileNotFoundError, match=r"no file coco-panoptic-r5, and no .* names: coco-panoptic-r50$"):
+        mask2former.load("coco-panoptic-r5")
+    with pytest.raises(FileNotFoundError, match=r"no file my\.safetensors, and .*mask2former models` lists"):
+        mask2former.load("my.safetensors")
     with pytest.raises(ValueError, match="must be a file, got a folder"):
         mask2former.load(tmp_path)
     with pytest.raises(TypeError, match="colour"):

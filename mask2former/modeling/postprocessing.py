@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mask2former.modeling.bands import MaskGeometry
-from mask2former.modeling.mask_measures import areas_of, masks_to_boxes, measure_masks
+from mask2former.modeling.competition import competition
+from mask2former.modeling.mask_measures import masks_to_boxes, measure_masks
 from mask2former.modeling.matrix_nms import matrix_nms_decay
 
 __all__ = [
@@ -190,7 +191,7 @@ def panoptic_segmentation(
         return PanopticResult(torch.zeros(height, width, dtype=torch.int32, device=mask_logits.device), [], [])
     scores, labels, mask_logits = scores[kept], labels[kept], mask_logits[kept]
 
-    ids, areas = _competition(scores, mask_logits, geometry)
+    ids, areas = competition(scores, mask_logits, geometry)
     *numbers, kept_queries = torch.stack([labels, *areas, kept]).tolist()  # one copy to the host
     segments, new_ids = _build_segments(numbers, scores.tolist(), is_thing.tolist(), overlap_threshold)
     lookup = torch.tensor([0, *new_ids], dtype=torch.int32, device=ids.device)
@@ -330,54 +331,6 @@ def _semantic_bands(
             scores.addmm_(probability[chunk].t(), logits.sigmoid().flatten(1))
         band = scores.unflatten(1, size)  # (K, R, W)
         yield rows, band if last is None else last(band, rows)
-
-
-def _competition(
-    scores: Tensor, mask_logits: Tensor, geometry: MaskGeometry
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Winner of each pixel: the query with the largest score times mask probability.
-
-    Returns:
-        places: (H, W) int32, 1 + the winner where its mask probability is at least 0.5, otherwise 0.
-        areas: (Q,) int64 each, the pixels of each query: won; with mask probability at least 0.5; both.
-    """
-    queries = len(scores)
-    places = torch.empty(geometry.output_size, dtype=torch.int32, device=mask_logits.device)
-    won, own, sure = torch.zeros(3, queries, dtype=torch.int64, device=mask_logits.device)
-    resizer = geometry.bands(mask_logits)
-    for rows in resizer.bands(queries):
-        winner, is_sure, own_area = _band_competition(scores, resizer.chunks(mask_logits, rows))
-        won += torch.bincount(winner.flatten(), minlength=queries)
-        own += own_area
-        place = torch.where(is_sure, winner + 1, 0)  # (R, W)
-        sure += torch.bincount(place.flatten(), minlength=queries + 1)[1:]
-        places[rows] = place
-    return places, (won, own, sure)
-
-
-def _band_competition(
-    scores: Tensor, chunks: Iterator[tuple[slice, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Winner (R, W) int64, whether its probability is at least 0.5 (R, W) bool, and all queries' own area (Q,)."""
-    best = winner = winner_is_sure = None
-    own_areas = []
-    for chunk, logits in chunks:
-        probability = logits.sigmoid_()  # (n, R, W)
-        is_sure = probability >= 0.5
-        own_areas.append(areas_of(is_sure))
-        value, index = probability.mul_(scores[chunk, None, None]).max(0)
-        index_is_sure = is_sure.gather(0, index[None])[0]  # (R, W)
-        index += chunk.start
-        if best is None or winner is None or winner_is_sure is None:
-            best, winner, winner_is_sure = value, index, index_is_sure
-            continue
-        better = value > best  # strictly: of equal values the first query wins, as in one arg-max
-        best = torch.where(better, value, best)
-        winner = torch.where(better, index, winner)
-        winner_is_sure = torch.where(better, index_is_sure, winner_is_sure)
-    assert winner is not None  # there are queries
-    assert winner_is_sure is not None
-    return winner, winner_is_sure, torch.cat(own_areas)
 
 
 def _build_segments(

@@ -172,12 +172,12 @@ def test_without_rasterio_it_says_what_to_install(tmp_path, monkeypatch):
 def _tile_command(monkeypatch, *arguments, predictor=None):
     from types import SimpleNamespace
 
-    from mask2former import predictor as predictor_module
+    import mask2former
     from mask2former.__main__ import main
 
     painted = predictor or PaintedPredictor()
     painted.settings = SimpleNamespace(tasks=("panoptic", "instance"))
-    monkeypatch.setattr(predictor_module.Predictor, "from_file", lambda path, device: painted)
+    monkeypatch.setattr(mask2former, "load", lambda name, device: painted)
     code = main(["tile", "--model", "m.safetensors", *map(str, arguments)])
     return code, painted
 
@@ -197,6 +197,14 @@ def test_command(rasterio, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert painted.thresholds[0] == 0.5
     assert capsys.readouterr().out.endswith(" instances\n")
+
+
+def test_command_names_a_missing_model(tmp_path, capsys):
+    from mask2former.__main__ import main
+
+    model, files = str(tmp_path / "m.safetensors"), ["--input", "in.tif", "--output", "out.tif"]
+    assert main(["tile", "--model", model, *files]) == 2
+    assert capsys.readouterr().err.startswith(f"error: there is no file {model}")
 
 
 def test_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
