@@ -1,6 +1,6 @@
 """Segmentation of a video, frame by frame, with ids that stay with their objects.
 
-    segmenter = VideoSegmenter(Predictor.from_file("model.safetensors", device="cuda"))
+    segmenter = VideoSegmenter(mask2former.load("model.safetensors", device="cuda"))
     with read_video("street.mp4") as video:
         for frame in video:
             result = segmenter(frame)
