@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mask2former.checkpoint import ModelDescription, Task, write_atomically
+from mask2former.checkpoint import ModelDescription, write_atomically
 from mask2former.export.graph import OUTPUTS, SegmentationGraph
 
 OPSET = 18

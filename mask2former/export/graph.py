@@ -53,7 +53,7 @@ class SegmentationGraph(nn.Module):
             raise ValueError(f"task must be one of {', '.join(settings.tasks)}, which the model is for, got {task!r}")
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
-        self.network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
+        self.network: Mask2Former = copy.deepcopy(network).cpu().eval().requires_grad_(False)
         self._is_half = dtype == torch.float16
         if self._is_half:
             halve_weights(self.network)
@@ -76,15 +76,19 @@ class SegmentationGraph(nn.Module):
             with self._products(compute_half=True):
                 maps = self.network.backbone(batch)
             with self._products(compute_half=False):  # it runs in float32 in mixed precision, too
-                features = self.network.sem_seg_head.pixel_decoder(maps)
+                features = self._decoders.pixel_decoder(maps)
             with self._products(compute_half=True):
-                final = self.network.sem_seg_head.predictor(features, False)[-1]
+                final = self._decoders.predictor(features, False)[-1]
         return self._results(
             final.class_logits[0],
             final.mask_logits[0],
             (batch.shape[2], batch.shape[3]),
             (image.shape[2], image.shape[3]),
         )
+
+    @property
+    def _decoders(self) -> Any:
+        return self.network.sem_seg_head
 
     def _padded(self, image: Tensor) -> Tensor:
         """The same as `Mask2Former.batch_images` of one image."""
