@@ -28,15 +28,14 @@ def matrix_nms_decay(scores: Tensor, labels: Tensor, masks: Tensor, sigma: float
         raise ValueError(f"sigma must be above 0, got {sigma}")
     if len(scores) == 0:
         return scores.new_ones(0, dtype=torch.float32)
-    order = scores.argsort(descending=True, stable=True)
-    pixels = masks[order].flatten(1).float()  # (N, h * w)
+    number = torch.arange(0, scores.shape[0], device=scores.device)
+    better = scores[:, None] > scores  # (N, N) row: the better one
+    better = better | ((scores[:, None] == scores) & (number[:, None] < number))
+    better = better & (labels[:, None] == labels)
+    pixels = masks.flatten(1).float()  # (N, h * w)
     common = pixels @ pixels.t()  # (N, N) exact: counts below 2 ** 24
     area = common.diagonal()
-    iou = common / (area[:, None] + area - common).clamp(min=1)
-    same_class = labels[order][:, None] == labels[order]
-    iou = (iou * same_class).triu(1)  # row: the better one
+    iou = torch.where(better, common / (area[:, None] + area - common).clamp(min=1), 0)
     worst = iou.amax(0)  # (N,)
     decay = (-sigma * (iou.square() - worst.square()[:, None])).exp()
-    # not above 1, as worst is 0 in the best mask's row; its own column has no better mask
-    decay = torch.where(torch.ones_like(decay, dtype=torch.bool).triu(1), decay, 1).amin(0)
-    return torch.empty_like(decay).scatter_(0, order, decay)
+    return torch.where(better, decay, 1).amin(0)  # at most 1: the best of a class has no worst
