@@ -60,19 +60,19 @@ class PaintedPredictor:
             return PaintedSemantic(np.maximum(classes - 1, 0).astype(np.int32))
         is_thing = np.isin(classes, (1 + CELL, 1 + CAR))
         codes = np.where(is_thing, classes * 1000 + numbers, classes)
-        present = [int(code) for code in np.unique(codes) if code]
+        areas = np.bincount(codes.ravel())
+        present = [int(code) for code in np.flatnonzero(areas) if code]
         if task == "instance":
             things = [code for code in present if code >= 1000]
             masks = np.array([codes == code for code in things], bool).reshape(-1, *codes.shape)
             labels = np.array([code // 1000 - 1 for code in things], np.int64)
             return PaintedInstances(labels, np.full(len(things), score, np.float32), masks)
-        ids, segments = np.zeros(codes.shape, np.int32), []
+        table, segments = np.zeros(len(areas), np.int32), []
         for id, code in enumerate(present, 1):
-            inside = codes == code
-            ids[inside] = id
+            table[code] = id
             label = (code // 1000 if code >= 1000 else code) - 1
-            segments.append(PaintedSegment(id, label, code >= 1000, score, int(inside.sum())))
-        return PaintedPanoptic(ids, segments)
+            segments.append(PaintedSegment(id, label, code >= 1000, score, int(areas[code])))
+        return PaintedPanoptic(table[codes], segments)
 
 
 class ForgetfulPredictor(PaintedPredictor):

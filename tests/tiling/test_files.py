@@ -81,7 +81,9 @@ def test_semantic_of_a_16_bit_file_without_georeference(rasterio, tmp_path, recw
     picture = scene().astype(np.uint16)
     picture = np.concatenate([picture[..., 2:], picture[..., :2]], axis=2)  # nothing, class, object
     source = _write_tiff(rasterio, tmp_path / "in.tif", picture, crs=None, transform=None)
+    recwarn.clear()  # those of writing it
     segment_large(PaintedPredictor(), source, "semantic", output=tmp_path / "out.tif", bands=(2, 3, 1), **OPTIONS)
+    assert not [w for w in recwarn if "geotransform" in str(w.message)]
     labels, crs, transform, _ = _read(rasterio, tmp_path / "out.tif")
     assert np.array_equal(labels, PaintedPredictor()(scene(), "semantic").labels)
     assert labels.dtype == np.uint8
