@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "sem_seg_postprocessing_before_inference": True,
     "top_k": 20,
     "score_threshold": 0.0,
+    "matrix_nms_sigma": 0.0,
 }
 OUTPUT = (50, 70)
 
