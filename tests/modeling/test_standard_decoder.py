@@ -51,6 +51,13 @@ def test_one_prediction_a_layer_in_training_and_the_last_one_otherwise() -> None
     assert not torch.equal(every[0].mask_logits, every[1].mask_logits)
 
 
+def test_features_of_the_queries_are_what_the_prediction_was_made_of() -> None:
+    decoder, pixels = make().eval(), features()
+    prediction, queries = decoder.predict_with_queries(pixels)
+    torch.testing.assert_close(prediction, decoder(pixels)[0], rtol=0, atol=0)
+    torch.testing.assert_close(decoder.class_embed(queries), prediction.class_logits)
+
+
 @pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "num_encoder_layers": 2}, {"in_channels": 8}], ids=str)
 def test_gradients(changes: dict[str, Any]) -> None:
     """Every parameter has one; queries that start as zeros make one in the first layer zero, but for rounding."""

@@ -95,12 +95,25 @@ class StandardDecoder(nn.Module):
         """
         if all_layers is None:
             all_layers = self.training
+        decoded = self._decode(features)
+        return [self._predict(x, features.mask_features) for x in (decoded if all_layers else decoded[-1:])]
+
+    def predict_with_queries(self, features: PixelFeatures) -> tuple[MaskPrediction, Tensor]:
+        """Predict, and give what the prediction was made from: an embedding of what each query has found.
+
+        Returns:
+            The final prediction, and the normalised features (B, Q, C) of the queries.
+        """
+        queries = self._decode(features)[-1]
+        return self._predict(queries, features.mask_features), queries
+
+    def _decode(self, features: PixelFeatures) -> list[Tensor]:
+        """The normalised queries (B, Q, C) after each layer."""
         tokens, position = tokens_and_positions(self.input_proj(features.levels[0]))
         memory = self.transformer["encoder"](tokens, position)  # (B, S, C)
         query_position = self.query_embed.weight.expand(len(memory), -1, -1)  # (B, Q, C)
         queries = torch.zeros_like(query_position)
-        decoded = self.transformer["decoder"](queries, query_position, memory + position, memory)
-        return [self._predict(x, features.mask_features) for x in (decoded if all_layers else decoded[-1:])]
+        return self.transformer["decoder"](queries, query_position, memory + position, memory)
 
     def _predict(self, decoded: Tensor, mask_features: Tensor) -> MaskPrediction:
         mask_logits = torch.einsum("bqc,bchw->bqhw", self.mask_embed(decoded), mask_features)  # (B, Q, H/4, W/4)
