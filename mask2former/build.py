@@ -7,16 +7,36 @@ from torch import nn
 
 from mask2former.modeling.backbones import ResNet, SwinTransformer
 from mask2former.modeling.criterion import SetCriterion
-from mask2former.modeling.mask2former import Mask2Former, SegmentationHead
-from mask2former.modeling.pixel_decoders import DeformablePixelDecoder
-from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder
+from mask2former.modeling.mask2former import ALL_LEVELS, ENCODED, PIXEL_EMBEDDING, Mask2Former, SegmentationHead
+from mask2former.modeling.per_pixel import PixelClassifier, PixelCriterion
+from mask2former.modeling.pixel_decoders import (
+    BiFPNPixelDecoder,
+    DeformablePixelDecoder,
+    FaPNPixelDecoder,
+    FPNPixelDecoder,
+    SemanticFPNPixelDecoder,
+    TransformerEncoderPixelDecoder,
+)
+from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder, StandardDecoder
 
 Architecture = dict[str, dict[str, Any]]
 """Keyword arguments of every part, by part, as `mask2former.config.architecture_arguments` gives them."""
 
 _BACKBONES: dict[str, type[nn.Module]] = {"resnet": ResNet, "swin": SwinTransformer}
-_PIXEL_DECODERS: dict[str, type[nn.Module]] = {"deformable": DeformablePixelDecoder}
-_TRANSFORMER_DECODERS: dict[str, type[nn.Module]] = {"masked_attention": MaskedAttentionDecoder}
+_PIXEL_DECODERS: dict[str, type[nn.Module]] = {
+    "deformable": DeformablePixelDecoder,
+    "fpn": FPNPixelDecoder,
+    "transformer_encoder": TransformerEncoderPixelDecoder,
+    "semantic_fpn": SemanticFPNPixelDecoder,
+    "bifpn": BiFPNPixelDecoder,
+    "fapn": FaPNPixelDecoder,
+}
+_TRANSFORMER_DECODERS: dict[str, type[nn.Module]] = {
+    "masked_attention": MaskedAttentionDecoder,
+    "standard": StandardDecoder,
+    "pixel_classifier": PixelClassifier,
+}
+_CRITERIA: dict[str, type[nn.Module]] = {"set": SetCriterion, "per_pixel": PixelCriterion}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "r50": {"name": "resnet", "depth": 50},
@@ -90,14 +110,31 @@ def build_model(architecture: Architecture) -> Mask2Former:
         in_channels={n: backbone.out_channels[n] for n in names},
         in_strides={n: backbone.out_strides[n] for n in names},
     )
-    predictor = _make("transformer_decoder", _TRANSFORMER_DECODERS, architecture["transformer_decoder"])
+    arguments = dict(architecture["transformer_decoder"])
+    in_feature = arguments.pop("in_feature", ALL_LEVELS)
+    known = {ALL_LEVELS, ENCODED, PIXEL_EMBEDDING, *backbone.out_channels}
+    if in_feature not in known:
+        raise ValueError(
+            f"architecture['transformer_decoder']['in_feature'] must be one of {sorted(known)}, got {in_feature!r}"
+        )
+    attended = {"in_channels": backbone.out_channels[in_feature]} if in_feature in backbone.out_channels else {}
+    predictor = _make("transformer_decoder", _TRANSFORMER_DECODERS, arguments, **attended)
     settings = {k: v for k, v in architecture["input"].items() if k != "image_format"}
     return Mask2Former(
         backbone=backbone,
-        sem_seg_head=SegmentationHead(pixel_decoder=pixel_decoder, predictor=predictor),
-        criterion=SetCriterion(**architecture["criterion"]),
+        sem_seg_head=SegmentationHead(pixel_decoder=pixel_decoder, predictor=predictor, in_feature=in_feature),
+        criterion=build_criterion(architecture["criterion"]),
         **settings,
     )
+
+
+def build_criterion(arguments: dict[str, Any]) -> SetCriterion | PixelCriterion:
+    """The training loss from its part of an architecture; without a "name" it is `SetCriterion`.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    return _make("criterion", _CRITERIA, {"name": "set", **arguments})
 
 
 def _make(part: str, known: dict[str, type[nn.Module]], arguments: dict[str, Any], **derived: Any) -> Any:

@@ -14,12 +14,16 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 # "configs" names. Parameters are in millions, as text with two decimals.
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "data/published_configs.json").read_text("utf-8"))
 ROWS: list[dict[str, Any]] = PUBLISHED["configs"]
+ABLATIONS = [path for path in FILES if "ablations" in path.parts and path.parent.name.endswith("-segmentation")]
 LEAFS = [CONFIGS / row["config"] for row in ROWS]
 
 TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
     config.resnet_arguments,
     config.swin_arguments,
     config.pixel_decoder_arguments,
+    config.fpn_arguments,
+    config.encoder_fpn_arguments,
+    config.bifpn_arguments,
     config.transformer_decoder_arguments,
     config.criterion_arguments,
     config.input_arguments,

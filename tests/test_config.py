@@ -63,6 +63,19 @@ SEMANTIC_CROP = {
     "INPUT.COLOR_AUG_SSD": True,
 }
 
+BIFPN = {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BiFPNPixelDecoder"}
+STANDARD = {
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "StandardTransformerDecoder",
+    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "transformer_encoder",
+}
+PER_PIXEL = {"MODEL.SEM_SEG_HEAD.NAME": "PerPixelBaselineHead", "INPUT.DATASET_MAPPER_NAME": "mask_former_semantic"}
+PER_PIXEL_PLUS = {
+    **STANDARD,
+    **PER_PIXEL,
+    "MODEL.SEM_SEG_HEAD.NAME": "PerPixelBaselinePlusHead",
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 133,
+}
+
 # Keys of DEFAULTS that change nothing, each with the reason why it is accepted all the same.
 WITHOUT_EFFECT = {
     "MODEL.RESNETS.RES5_MULTI_GRID": "acts on a dilated res5 only, which is refused; published files set it",
@@ -110,7 +123,7 @@ def has_effect(key: str) -> bool:
     default, changed = {key: DEFAULTS[key]}, {key: another_value(DEFAULTS[key])}
     return any(
         all_outcomes(make_config(scenario, default)) != all_outcomes(make_config(scenario, changed))
-        for scenario in ({}, SEMANTIC_CROP)
+        for scenario in ({}, SEMANTIC_CROP, BIFPN)
     )
 
 
@@ -196,6 +209,118 @@ def test_architecture_of_the_published_r50_config() -> None:
             "image_format": "RGB",
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("registered", "name"),
+    [
+        ("BasePixelDecoder", "fpn"),
+        ("SemanticFPNPixelDecoder", "semantic_fpn"),
+        ("FaPNPixelDecoder", "fapn"),
+        ("BiFPNPixelDecoder", "bifpn"),
+        ("TransformerEncoderPixelDecoder", "transformer_encoder"),
+    ],
+)
+def test_pixel_decoders_by_name(registered: str, name: str) -> None:
+    change = {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": registered, "MODEL.SEM_SEG_HEAD.BIFPN_REPEATS": 2}
+    architecture = config.architecture_arguments(make_config(change))
+    expected = {
+        "name": name,
+        "conv_dim": 256,
+        "mask_dim": 256,
+        "norm": "GN",
+        "common_stride": 4,
+        "in_features": ["res2", "res3", "res4", "res5"],
+    }
+    own: dict[str, Any] = {
+        "bifpn": {"num_repeats": 2},
+        "transformer_encoder": {
+            "num_layers": 6,
+            "num_heads": 8,
+            "dim_feedforward": 2048,
+            "dropout": 0.0,
+            "pre_norm": False,
+        },
+    }
+    assert architecture["pixel_decoder"] == expected | own.get(name, {})
+    assert architecture["transformer_decoder"]["name"] == "masked_attention"
+
+
+def test_standard_decoder() -> None:
+    changes = {"MODEL.MASK_FORMER.DROPOUT": 0.1, "MODEL.MASK_FORMER.ENC_LAYERS": 2, "MODEL.SEM_SEG_HEAD.MASK_DIM": 64}
+    found = config.architecture_arguments(make_config(STANDARD, changes))["transformer_decoder"]
+    assert found == {
+        "name": "standard",
+        "in_feature": "transformer_encoder",
+        "in_channels": 256,
+        "num_classes": 133,
+        "mask_classification": True,
+        "hidden_dim": 256,
+        "num_queries": 100,
+        "num_heads": 8,
+        "dim_feedforward": 2048,
+        "num_encoder_layers": 2,
+        "num_layers": 10,
+        "dropout": 0.1,
+        "pre_norm": False,
+        "mask_dim": 64,
+        "enforce_input_projection": False,
+    }
+    for in_feature, channels in (("pixel_embedding", 64), ("res5", None)):
+        change = {"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": in_feature}
+        found = config.standard_decoder_arguments(make_config(STANDARD, changes, change))
+        assert (found["in_feature"], found.get("in_channels")) == (in_feature, channels)
+
+
+def test_a_map_that_no_part_gives_is_refused() -> None:
+    for name in ("BasePixelDecoder", "SemanticFPNPixelDecoder", "BiFPNPixelDecoder", "FaPNPixelDecoder"):
+        with pytest.raises(ValueError, match=rf"IN_FEATURE must be .*{name}.* got 'transformer_encoder'"):
+            config.standard_decoder_arguments(make_config(STANDARD, {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": name}))
+    for value in ("multi_scale_pixel_decoder", "res9"):
+        with pytest.raises(ValueError, match=rf"IN_FEATURE must be one of transformer_encoder, .* got '{value}'"):
+            change = {"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": value}
+            config.architecture_arguments(make_config(STANDARD, change))
+
+
+def test_per_pixel_heads() -> None:
+    change = {"MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": 0.5, "MODEL.MASK_FORMER.DEEP_SUPERVISION": False}
+    criterion = {"name": "per_pixel", "num_classes": 133, "loss_weight": 0.5, "deep_supervision": False}
+    plain = config.architecture_arguments(make_config(PER_PIXEL, change))
+    assert plain["criterion"] == criterion
+    assert plain["transformer_decoder"] == {"name": "pixel_classifier", "num_classes": 133, "mask_dim": 256}
+    plus = config.architecture_arguments(make_config(PER_PIXEL_PLUS, change))
+    assert plus["criterion"] == criterion
+    assert plus["transformer_decoder"]["name"] == "standard"
+    assert plus["transformer_decoder"]["mask_classification"] is False
+
+
+@pytest.mark.parametrize("head", [PER_PIXEL, PER_PIXEL_PLUS], ids=["baseline", "plus"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MODEL.MASK_FORMER.TEST.PANOPTIC_ON": True}, "TEST.PANOPTIC_ON must be False, .*classifies pixels, got True"),
+        ({"MODEL.MASK_FORMER.TEST.INSTANCE_ON": True}, "TEST.INSTANCE_ON must be False, .*classifies pixels, got True"),
+        (
+            {"INPUT.DATASET_MAPPER_NAME": "coco_instance_lsj"},
+            "INPUT.DATASET_MAPPER_NAME must give each pixel a class with PerPixel.* got 'coco_instance_lsj'",
+        ),
+    ],
+)
+def test_per_pixel_heads_refuse_other_tasks(head: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.architecture_arguments(make_config(head, change))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 100, "133, .*with PerPixelBaselinePlusHead, one for each class"),
+        ("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "MultiScaleMaskedTransformerDecoder", "'StandardTr.*'"),
+    ],
+)
+def test_per_pixel_queries_are_the_classes(key: str, value: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} must be {rule}.* got {value!r}"):
+        config.architecture_arguments(make_config(PER_PIXEL_PLUS, {key: value}))
 
 
 def test_narrow_resnet_needs_equal_stem_and_bottleneck_widths() -> None:
@@ -415,7 +540,12 @@ def test_instance_mapper_crops_without_looking_at_categories() -> None:
         (config.step_arguments, "SOLVER.AMP.DTYPE", "float64", "float16, bfloat16"),
         (config.step_arguments, "SOLVER.ACCUMULATION_STEPS", 0, "1"),
         (config.architecture_arguments, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MaskFormer"),
-        (config.architecture_arguments, "MODEL.SEM_SEG_HEAD.NAME", "PerPixelBaselineHead", "MaskFormerHead"),
+        (
+            config.architecture_arguments,
+            "MODEL.SEM_SEG_HEAD.NAME",
+            "SemSegFPNHead",
+            "MaskFormerHead, PerPixelBaselineHead, PerPixelBaselinePlusHead",
+        ),
         (
             config.architecture_arguments,
             "MODEL.BACKBONE.NAME",
@@ -426,13 +556,14 @@ def test_instance_mapper_crops_without_looking_at_categories() -> None:
             config.architecture_arguments,
             "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME",
             "MyPixelDecoder",
-            "MSDeformAttnPixelDecoder",
+            "MSDeformAttnPixelDecoder, BasePixelDecoder, TransformerEncoderPixelDecoder, SemanticFPNPixelDecoder, "
+            "BiFPNPixelDecoder, FaPNPixelDecoder",
         ),
         (
             config.architecture_arguments,
             "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
-            "StandardTransformerDecoder",
-            "MultiScaleMaskedTransformerDecoder",
+            "MyDecoder",
+            "MultiScaleMaskedTransformerDecoder, StandardTransformerDecoder",
         ),
     ],
 )

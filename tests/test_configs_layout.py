@@ -8,7 +8,7 @@ import yaml
 
 from mask2former.config import DEFAULTS
 from mask2former.engine.defaults import DETECTRON2_DEFAULTS
-from tests.configs import CONFIGS, FILES, flatten, name_of
+from tests.configs import ABLATIONS, CONFIGS, FILES, LEAFS, flatten, name_of
 
 SWIN_TINY = CONFIGS / "coco/panoptic-segmentation/swin/maskformer2_swin_tiny_bs16_50ep.yaml"
 
@@ -67,7 +67,22 @@ def test_no_file_is_a_copy_of_another() -> None:
 def test_every_fragment_is_used() -> None:
     used = {base.resolve() for path in FILES for base in own_keys(path)[0]}
     runnable = {path for path in FILES if path.name.startswith("maskformer") or path.parent.name == "quick_schedules"}
-    assert not [name_of(path) for path in set(FILES) - runnable - used]
+    assert not [name_of(path) for path in set(FILES) - runnable - set(ABLATIONS) - used]
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
+def test_ablation_changes_decoders_and_head_of_a_published_config_only(path: Path) -> None:
+    (published,) = (base for base in LEAFS if base.parent.parts[-2:] == path.parent.parts[-2:] and "_R50_" in base.name)
+    own, rest = resolved_keys(path), resolved_keys(published)
+    changed = {key for key in own if own[key] != rest.get(key)}
+    assert rest.keys() <= own.keys()
+    assert changed and all(key.startswith(("MODEL.SEM_SEG_HEAD.", "MODEL.MASK_FORMER.")) for key in changed)
+
+
+def test_ablations_are_listed_with_the_numbers_of_the_paper() -> None:
+    text = (CONFIGS / "ablations/README.md").read_text("utf-8")
+    assert not [path.name for path in ABLATIONS if f"`{path.name}`" not in text]
+    assert "| 43.5 | 51.8 | 45.6 |" in text
 
 
 def test_training_reference_changes_just_what_its_description_says() -> None:

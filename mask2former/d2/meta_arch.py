@@ -9,10 +9,10 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, build_sem_se
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 
+from mask2former.build import build_criterion
 from mask2former.config import criterion_arguments, inference_arguments, input_arguments
 from mask2former.d2.data import dataset_metadata, is_thing_of
 from mask2former.inference import ImageResult, image_result
-from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import MaskGeometry
 from mask2former.modeling.structures import MaskPrediction, MaskTarget
@@ -50,7 +50,7 @@ class MaskFormer(Mask2Former):
         return {
             "backbone": backbone,
             "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
-            "criterion": SetCriterion(**criterion_arguments(cfg)),
+            "criterion": build_criterion(criterion_arguments(cfg)),
             "dataset_name": datasets[0] if datasets else "",
             "inference": inference_arguments(cfg),
             **input_arguments(cfg),

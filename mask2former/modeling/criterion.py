@@ -106,7 +106,8 @@ class SetCriterion(nn.Module):
         """
         if not self.deep_supervision:
             predictions = predictions[-1:]
-        self._check(predictions, targets, canvas)
+        images = len(predictions[-1].class_logits)
+        check_targets(targets, images=images, canvas=canvas, num_classes=self.num_classes)
         class_logits = torch.stack([at_least_float32(p.class_logits) for p in predictions])  # (layers, B, Q, K+1)
         pairs = self._match(predictions, class_logits, targets, canvas, generator)
         class_loss = self._class_loss(class_logits, targets, pairs)
@@ -160,7 +161,7 @@ class SetCriterion(nn.Module):
         wanted[place.to(device)] = all_labels[(first[pairs.image] + pairs.target).to(device)]
         loss = F.cross_entropy(class_logits.flatten(0, 2), wanted, self.empty_weight, reduction="none")
         weight = self.empty_weight[wanted]
-        return loss.view(layers, -1).sum(1) / _average_over_ranks(weight.view(layers, -1).sum(1))
+        return loss.view(layers, -1).sum(1) / average_over_ranks(weight.view(layers, -1).sum(1))
 
     def _mask_losses(
         self,
@@ -191,38 +192,12 @@ class SetCriterion(nn.Module):
         logits = sample_logits(mask_logits.unsqueeze(1), points).squeeze(1)  # (T, P)
         wanted = wanted.to(logits.dtype)  # of float32 targets and float64 logits the loss would be float32
         count = float(sum(len(t.labels) for t in targets))
-        num_masks = _average_over_ranks(torch.full((), count, device=logits.device)).clamp(min=1)
+        num_masks = average_over_ranks(torch.full((), count, device=logits.device)).clamp(min=1)
         zeros, layer = logits.new_zeros(len(predictions)), pairs.layer.to(logits.device)
         return (
             zeros.index_add(0, layer, sigmoid_cross_entropy(logits, wanted)) / num_masks,
             zeros.index_add(0, layer, dice(logits, wanted)) / num_masks,
         )
-
-    def _check(
-        self, predictions: Sequence[MaskPrediction], targets: Sequence[MaskTarget], canvas: tuple[int, int]
-    ) -> None:
-        B = len(predictions[-1].class_logits)
-        if len(targets) != B:
-            raise ValueError(f"targets must hold one entry for each of the {B} images, got {len(targets)}")
-        for image, (labels, masks) in enumerate(targets):
-            if labels.dtype != torch.int64:
-                raise ValueError(f"targets[{image}].labels must be int64, got {labels.dtype}")
-            if masks.dtype not in (torch.bool, torch.uint8):
-                raise ValueError(f"targets[{image}].masks must be bool or uint8, got {masks.dtype}")
-            if masks.dim() != 3 or len(masks) != len(labels):
-                raise ValueError(
-                    f"targets[{image}].masks must have shape (N, H, W) with N = {len(labels)} labels, got "
-                    f"{tuple(masks.shape)}"
-                )
-            if masks.shape[1] > canvas[0] or masks.shape[2] > canvas[1]:
-                raise ValueError(
-                    f"targets[{image}].masks must fit into the canvas {canvas}, got {tuple(masks.shape)}"
-                )
-            # on a GPU the check would wait for it; there the mapper has checked
-            if labels.device.type == "cpu" and not all(0 <= x < self.num_classes for x in labels.tolist()):
-                raise ValueError(
-                    f"targets[{image}].labels must be in [0, {self.num_classes}), got {labels.tolist()}"
-                )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # The weight stands in checkpoints under its published name, but it is a setting: the config wins. A
@@ -245,7 +220,30 @@ def _gather_pairs(predictions: Sequence[MaskPrediction], pairs: _Pairs) -> Tenso
     return torch.cat(parts)[torch.cat(places).argsort().to(device)]
 
 
-def _average_over_ranks(values: Tensor) -> Tensor:
+def check_targets(
+    targets: Sequence[MaskTarget], *, images: int, canvas: tuple[int, int], num_classes: int
+) -> None:
+    """Raise ValueError unless there is one target an image, of the right types, within canvas and classes."""
+    if len(targets) != images:
+        raise ValueError(f"targets must hold one entry for each of the {images} images, got {len(targets)}")
+    for image, (labels, masks) in enumerate(targets):
+        if labels.dtype != torch.int64:
+            raise ValueError(f"targets[{image}].labels must be int64, got {labels.dtype}")
+        if masks.dtype not in (torch.bool, torch.uint8):
+            raise ValueError(f"targets[{image}].masks must be bool or uint8, got {masks.dtype}")
+        if masks.dim() != 3 or len(masks) != len(labels):
+            raise ValueError(
+                f"targets[{image}].masks must have shape (N, H, W) with N = {len(labels)} labels, got "
+                f"{tuple(masks.shape)}"
+            )
+        if masks.shape[1] > canvas[0] or masks.shape[2] > canvas[1]:
+            raise ValueError(f"targets[{image}].masks must fit into the canvas {canvas}, got {tuple(masks.shape)}")
+        # on a GPU the check would wait for it; there the mapper has checked
+        if labels.device.type == "cpu" and not all(0 <= x < num_classes for x in labels.tolist()):
+            raise ValueError(f"targets[{image}].labels must be in [0, {num_classes}), got {labels.tolist()}")
+
+
+def average_over_ranks(values: Tensor) -> Tensor:
     """Mean of numbers without gradient over all processes, without a copy to the host."""
     if not (dist.is_available() and dist.is_initialized()):
         return values

@@ -7,22 +7,33 @@ import torch
 from torch import Tensor, nn
 
 from mask2former.modeling.criterion import SetCriterion
+from mask2former.modeling.per_pixel import PixelCriterion
 from mask2former.modeling.structures import MaskPrediction, MaskTarget, PixelFeatures
+
+ALL_LEVELS = "multi_scale_pixel_decoder"
+"""The transformer decoder gets the levels of the pixel decoder as they are."""
+ENCODED = "transformer_encoder"
+"""It gets one map, that of the transformer encoder in the pixel decoder, which is the coarsest level."""
+PIXEL_EMBEDDING = "pixel_embedding"
+"""It gets one map, the mask features."""
 
 
 class SegmentationHead(nn.Module):
     """The two decoders together, under their published names ``pixel_decoder`` and ``predictor``."""
 
-    def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module) -> None:
+    def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module, in_feature: str = ALL_LEVELS) -> None:
         """Set up.
 
         Args:
             pixel_decoder: backbone maps by name -> `PixelFeatures`.
             predictor: transformer decoder, ``(PixelFeatures, all_layers)`` -> list of `MaskPrediction`.
+            in_feature: which maps it attends to: `ALL_LEVELS`, `ENCODED`, `PIXEL_EMBEDDING`, or the name of a backbone
+                map.
         """
         super().__init__()
         self.pixel_decoder = pixel_decoder
         self.predictor = predictor
+        self.in_feature = in_feature
 
     def forward(self, features: dict[str, Tensor], all_layers: bool | None = None) -> list[MaskPrediction]:
         """Backbone maps to predictions; ``all_layers`` as in the predictor."""
@@ -30,7 +41,14 @@ class SegmentationHead(nn.Module):
 
     def pixel_features(self, features: dict[str, Tensor]) -> PixelFeatures:
         """Backbone maps to what the transformer decoder takes."""
-        return self.pixel_decoder(features)
+        return self._attended(self.pixel_decoder(features), features)
+
+    def _attended(self, pixels: PixelFeatures, features: dict[str, Tensor]) -> PixelFeatures:
+        """What the pixel decoder gave, with the maps that the transformer decoder is to see as its levels."""
+        if self.in_feature in (ALL_LEVELS, ENCODED):
+            return pixels
+        level = pixels.mask_features if self.in_feature == PIXEL_EMBEDDING else features[self.in_feature]
+        return pixels._replace(levels=[level])
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # The first releases kept the pixel decoder directly in the head. Only names can tell: version numbers
@@ -56,7 +74,7 @@ class Mask2Former(nn.Module):
         *,
         backbone: nn.Module,
         sem_seg_head: nn.Module,
-        criterion: SetCriterion,
+        criterion: SetCriterion | PixelCriterion,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         size_divisibility: int = 32,
@@ -66,7 +84,7 @@ class Mask2Former(nn.Module):
         Args:
             backbone: batch (B, 3, H, W) -> maps by name.
             sem_seg_head: maps by name -> list of `MaskPrediction`.
-            criterion: the training loss.
+            criterion: the training loss; a `PixelCriterion` if the head classifies pixels.
             pixel_mean, pixel_std: normalisation, in the channel order of the images and in 0..255.
             size_divisibility: batches are padded to a multiple of it.
 

@@ -16,6 +16,7 @@ from mask2former.modeling.bands import MaskGeometry
 from mask2former.modeling.competition import competition
 from mask2former.modeling.mask_measures import masks_to_boxes, measure_masks
 from mask2former.modeling.matrix_nms import matrix_nms_decay
+from mask2former.modeling.structures import MaskPrediction
 
 __all__ = [
     "CompactInstances",
@@ -121,16 +122,19 @@ def semantic_segmentation(
     """Sum over queries of class probability times mask probability.
 
     Args:
-        class_logits: (Q, K + 1).
+        class_logits: (Q, K + 1); (K, 0) if pixels were classified.
         mask_logits: (Q, h, w).
         geometry: how to get to the output.
         resize_first: bring mask logits to the output size before the sum; otherwise sum on the padded canvas
             and resize the scores.
 
     Returns:
-        (K, *output_size) float32 scores, not normalised.
+        (K, *output_size) float32 scores, not normalised. If pixels were classified, their class probabilities: the
+        softmax of the resized logits.
     """
-    scores = mask_logits.new_empty(class_logits.shape[1] - 1, *geometry.output_size, dtype=torch.float32)
+    is_per_pixel = MaskPrediction(class_logits, mask_logits).is_per_pixel
+    num_classes = len(mask_logits) if is_per_pixel else class_logits.shape[1] - 1
+    scores = mask_logits.new_empty(num_classes, *geometry.output_size, dtype=torch.float32)
     for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first):
         scores[:, rows] = band
     return scores
@@ -179,8 +183,9 @@ def panoptic_segmentation(
         The segments; segments of one stuff class are merged.
 
     Raises:
-        ValueError: if ``is_thing`` has not K entries.
+        ValueError: if ``is_thing`` has not K entries, or pixels were classified.
     """
+    _check_has_masks(class_logits, mask_logits)
     num_classes = class_logits.shape[-1] - 1
     if is_thing.shape != (num_classes,):
         raise ValueError(f"is_thing must have shape ({num_classes},), got {tuple(is_thing.shape)}")
@@ -232,8 +237,9 @@ def instance_segmentation(
         The instances.
 
     Raises:
-        ValueError: if ``top_k`` is below 1.
+        ValueError: if ``top_k`` is below 1, or pixels were classified.
     """
+    _check_has_masks(class_logits, mask_logits)
     found = _candidates(class_logits, top_k, is_thing, score_threshold)
     queries, place = found.queries.unique(return_inverse=True)  # each mask is enlarged once
     masks = torch.empty(len(place), *geometry.output_size, dtype=torch.bool, device=mask_logits.device)
@@ -267,8 +273,9 @@ def compact_instance_segmentation(
             `instance_segmentation`.
 
     Raises:
-        ValueError: if ``top_k`` is below 1.
+        ValueError: if ``top_k`` is below 1, or pixels were classified.
     """
+    _check_has_masks(class_logits, mask_logits)
     found = _candidates(class_logits, top_k, is_thing, score_threshold)
     queries, place = found.queries.unique(return_inverse=True)
     mask_logits = mask_logits[queries]
@@ -279,6 +286,11 @@ def compact_instance_segmentation(
     return CompactInstances(
         found.labels[order], scores, measures.boxes[place], measures.areas[place], place, mask_logits, geometry
     )
+
+
+def _check_has_masks(class_logits: Tensor, mask_logits: Tensor) -> None:
+    if MaskPrediction(class_logits, mask_logits).is_per_pixel:
+        raise ValueError("class_logits must be those of masks, got classified pixels, which have no objects")
 
 
 class _Candidates(NamedTuple):
@@ -321,6 +333,11 @@ def _semantic_bands(
     class_logits: Tensor, mask_logits: Tensor, geometry: MaskGeometry, resize_first: bool
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the result, and their scores (K, number of rows, W)."""
+    if MaskPrediction(class_logits, mask_logits).is_per_pixel:
+        pixels = geometry.bands(mask_logits)
+        for rows in pixels.bands(len(mask_logits)):
+            yield rows, pixels(mask_logits[:, pixels.source_rows(rows)].float(), rows).softmax(0)
+        return
     probability = class_logits.float().softmax(-1)[:, :-1]  # (Q, K)
     resizer, last = (geometry.bands(mask_logits), None) if resize_first else geometry.canvas_bands(mask_logits)
     for rows in (last or resizer).bands(max(probability.shape)):

@@ -15,7 +15,8 @@ class PixelFeatures(NamedTuple):
 
     Attributes:
         mask_features: (B, C, H/4, W/4), multiplied with the mask embedding of each query.
-        levels: three maps (B, C, h, w) at strides 32, 16 and 8, lowest resolution first.
+        levels: three maps (B, C, h, w) at strides 32, 16 and 8, lowest resolution first. A decoder that attends to
+            one map attends to the first one.
     """
 
     mask_features: Tensor
@@ -23,15 +24,27 @@ class PixelFeatures(NamedTuple):
 
 
 class MaskPrediction(NamedTuple):
-    """One prediction of all queries (paper section 3.2).
+    """One prediction of all queries (paper section 3.2), or one of all pixels.
 
     Attributes:
-        class_logits: (B, Q, K + 1), the last class is "no object".
-        mask_logits: (B, Q, H/4, W/4), before the sigmoid.
+        class_logits: (B, Q, K + 1), the last class is "no object". (B, K, 0) if pixels are classified instead: query k
+            is class k and has none to choose.
+        mask_logits: (B, Q, H/4, W/4), before the sigmoid; if pixels are classified (B, K, H/4, W/4), before the
+            softmax over the classes.
     """
 
     class_logits: Tensor
     mask_logits: Tensor
+
+    @property
+    def is_per_pixel(self) -> bool:
+        """Whether pixels are classified, not masks; also of the prediction of one image, without the batch axis."""
+        return self.class_logits.shape[-1] == 0
+
+
+def per_pixel_prediction(logits: Tensor) -> MaskPrediction:
+    """Class logits of every pixel, (B, K, H/4, W/4), as a prediction."""
+    return MaskPrediction(logits.new_zeros(*logits.shape[:2], 0), logits)
 
 
 class MaskTarget(NamedTuple):
