@@ -41,7 +41,7 @@ def export(args: argparse.Namespace) -> int:
     import torch
 
     from mask2former.checkpoint import save_model_file
-    from mask2former.export.files import write_onnx, write_program
+    from mask2former.export.files import metadata, trace, write_onnx, write_program
     from mask2former.export.graph import SegmentationGraph
 
     _check_arguments(args)
@@ -56,7 +56,7 @@ def export(args: argparse.Namespace) -> int:
         dtype = getattr(torch, args.dtype or "float32")
         graph = SegmentationGraph(source.network, source.description, task, dtype=dtype)
         write = write_onnx if args.to.suffix == ".onnx" else write_program
-        write(args.to, graph, source.description)
+        write(args.to, trace(graph), metadata(task, source.description))
         what = f"for {task}"
     seconds, megabytes = time.perf_counter() - start, args.to.stat().st_size / 1e6
     classes = len(source.description.categories)

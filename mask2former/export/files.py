@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mask2former.checkpoint import ModelDescription, write_atomically
+from mask2former.checkpoint import ModelDescription, Task, write_atomically
 from mask2former.export.graph import OUTPUTS, SegmentationGraph
 
 OPSET = 18
@@ -29,27 +29,37 @@ class MissingPackageError(ImportError):
     """A package that exporting needs is not there; the text is for the user."""
 
 
-def write_program(path: str | Path, graph: SegmentationGraph, description: ModelDescription) -> None:
+def trace(graph: SegmentationGraph) -> torch.export.ExportedProgram:
+    """The program of a graph, for images of any height and width."""
+    image = torch.zeros(1, 3, *_EXAMPLE_SIZE)
+    any_size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(graph.eval(), (image,), dynamic_shapes={"image": any_size})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # has paths of this machine
+    return program
+
+
+def write_program(path: str | Path, program: torch.export.ExportedProgram, details: Mapping[str, Any]) -> None:
     """Write a `torch.export` program, which PyTorch alone can load.
 
     The file appears complete or not at all.
 
     Args:
         path: the file, in an existing folder.
-        graph: what to export.
-        description: of its model; what `metadata` says goes into the file.
+        program: from `trace`.
+        details: from `metadata`; they go into the file.
 
     Raises:
         OSError: if the file cannot be written.
     """
     buffer = io.BytesIO()
     with _quiet():
-        extra = {METADATA_FILE: json.dumps(metadata(graph, description), ensure_ascii=False)}
-        torch.export.save(_traced(graph), buffer, extra_files=extra)
+        torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(details, ensure_ascii=False)})
     write_atomically(path, buffer.getvalue())
 
 
-def write_onnx(path: str | Path, graph: SegmentationGraph, description: ModelDescription) -> None:
+def write_onnx(path: str | Path, program: torch.export.ExportedProgram, details: Mapping[str, Any]) -> None:
     """Write an ONNX model of opset 18; arguments and errors as of `write_program`.
 
     Raises:
@@ -57,25 +67,25 @@ def write_onnx(path: str | Path, graph: SegmentationGraph, description: ModelDes
     """
     require("onnx", "onnxscript")
     with _quiet():
-        program = torch.onnx.export(
-            _traced(graph),
+        converted = torch.onnx.export(
+            program,
             dynamo=True,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=list(OUTPUTS[graph.task]),
+            output_names=list(OUTPUTS[details["task"]]),
             verbose=False,
         )
-    assert program is not None
-    for name, text in (("producer_name", "mask2former"), ("doc_string", "")):
-        setattr(program.model, name, text)
-    program.model.metadata_props[METADATA_KEY] = json.dumps(metadata(graph, description), ensure_ascii=False)
-    write_atomically(path, program.model_proto.SerializeToString())
+    assert converted is not None  # None is for a file that the exporter writes itself
+    converted.model.metadata_props[METADATA_KEY] = json.dumps(details, ensure_ascii=False)
+    for node in converted.model.graph:
+        node.metadata_props.clear()  # where in the source it comes from, with paths of this machine
+    write_atomically(path, converted.model_proto.SerializeToString())
 
 
-def metadata(graph: SegmentationGraph, description: ModelDescription) -> dict[str, Any]:
+def metadata(task: Task, description: ModelDescription) -> dict[str, Any]:
     """What a program that uses the file has to know; plain values."""
     return {
-        "task": graph.task,
+        "task": task,
         "shortest": description.settings.shortest,
         "longest": description.settings.longest,
         "categories": [category._asdict() for category in description.categories],
@@ -120,13 +130,6 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise MissingPackageError(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def _traced(graph: SegmentationGraph) -> torch.export.ExportedProgram:
-    image = torch.zeros(1, 3, *_EXAMPLE_SIZE)
-    any_size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with torch.no_grad():
-        return torch.export.export(graph.eval(), (image,), dynamic_shapes={"image": any_size})
 
 
 @contextmanager

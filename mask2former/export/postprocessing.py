@@ -149,7 +149,8 @@ def instance_tensors(
     total = (logits.sigmoid() * inside).flatten(1).sum(1)
     quality = total / (inside.flatten(1).sum(1) + 1e-6)
     scores = F.pad(class_scores, (0, 1), value=-1) * quality - F.pad(torch.zeros_like(class_scores), (0, 1), value=1)
-    scores, order = scores.sort(descending=True, stable=True)  # the empty mask's score is -1
+    # stable on the CPU, and in ONNX; the exporter has no form of `stable=True`. The empty mask's score is -1.
+    scores, order = scores.sort(descending=True)
     kept = ((scores >= score_threshold) & (scores >= 0)).nonzero().squeeze(1)
     order = order[kept]
     masks = inside[order]
