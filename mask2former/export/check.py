@@ -111,6 +111,7 @@ def reference(
                 top_k=settings.top_k,
                 is_thing=is_thing,
                 score_threshold=settings.score_threshold,
+                matrix_nms_sigma=settings.matrix_nms_sigma,
             )
             return {name: x.numpy() for name, x in vars(instances).items()}
         panoptic = panoptic_segmentation(

@@ -118,6 +118,7 @@ class SegmentationGraph(nn.Module):
             top_k=settings.top_k,
             is_thing=self.is_thing,  # as `Predictor`: instances are things only
             score_threshold=settings.score_threshold,
+            matrix_nms_sigma=settings.matrix_nms_sigma,
         )._asdict()
 
 
