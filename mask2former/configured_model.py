@@ -52,11 +52,15 @@ class ConfiguredModel:
         Returns:
             What the file says about the model.
         """
-        description = ModelDescription(
+        description = self.describe(notes or {})
+        save_model_file(path, self.model, description, dtype=dtype)
+        return description
+
+    def describe(self, notes: Mapping[str, Any]) -> ModelDescription:
+        """What a model file says about the model; ``notes`` as in `export`."""
+        return ModelDescription(
             architecture=config.architecture_arguments(self.cfg),
             categories=self.categories,
             settings=prediction_settings(self.cfg),
-            notes=dict(notes or {}),
+            notes=dict(notes),
         )
-        save_model_file(path, self.model, description, dtype=dtype)
-        return description

@@ -117,7 +117,8 @@ def _cell_centres(height: int, width: int, like: Tensor) -> Tensor:
     """(height * width, 2): (x, y) in [0, 1] of each cell's centre, row by row."""
     y = (torch.arange(height, dtype=like.dtype, device=like.device) + 0.5) / height
     x = (torch.arange(width, dtype=like.dtype, device=like.device) + 0.5) / width
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
+    # expanded, not repeated: the exporter to ONNX has no repetition of numbers so often as a size of the input says
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
 
 
 def _use_kernel(value: Tensor) -> bool:

@@ -202,15 +202,14 @@ class _Block(nn.Module):
     def _attend(self, x: Tensor, region_differs: Tensor) -> Tensor:
         B, H, W, C = x.shape
         side = self.window_size
-        x = F.pad(x, (0, 0, 0, -W % side, 0, -H % side))
-        padded_h, padded_w = x.shape[1], x.shape[2]
+        rows, cols = _windows_along(H, side), _windows_along(W, side)
+        x = F.pad(x, (0, 0, 0, cols * side - W, 0, rows * side - H))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-        windows = x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
-        rows, cols = windows.shape[1:3]  # of (B, rows, cols, side, side, C)
+        windows = x.view(B, rows, side, cols, side, C).transpose(2, 3)  # (B, rows, cols, side, side, C)
         tokens = windows.reshape(B, rows * cols, side * side, C)
         out = self.attn(tokens, region_differs if self.shift else None)
-        out = out.view(B, rows, cols, side, side, C).transpose(2, 3).reshape(B, padded_h, padded_w, C)
+        out = out.view(B, rows, cols, side, side, C).transpose(2, 3).reshape(B, rows * side, cols * side, C)
         if self.shift:
             out = out.roll((self.shift, self.shift), dims=(1, 2))
         return out[:, :H, :W]
@@ -290,11 +289,21 @@ class _PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         B, H, W, C = x.shape
+        rows, cols = _windows_along(H, 2), _windows_along(W, 2)
+        x = F.pad(x, (0, 0, 0, 2 * cols - W, 0, 2 * rows - H))
         # channel order: column offset outside, row offset inside
-        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # (B, H/2, W/2, dx, dy, C)
+        x = x.view(B, rows, 2, cols, 2, C).permute(0, 1, 3, 4, 2, 5)  # (B, H/2, W/2, dx, dy, C)
         return self.reduction(self.norm(x.flatten(3)))  # (B, H/2, W/2, 2C)
+
+
+def _windows_along(length: int, side: int) -> int:
+    """Windows that cover a length.
+
+    Padding up to a product of this number is what `torch.export` can follow for any length; it cannot divide a length
+    that it knows as "with the rest to the next multiple".
+    """
+    return (length + side - 1) // side
 
 
 def relative_position_index(side: int) -> Tensor:
@@ -311,13 +320,12 @@ def _shifted_window_mask(height: int, width: int, side: int, device: torch.devic
     Computed on the padded size: tokens that were rolled around the border form their own regions.
     """
 
-    def regions(length: int) -> Tensor:
-        padded = length + -length % side
+    def regions(windows: int) -> Tensor:
+        padded = windows * side
         index = torch.arange(padded, device=device)
         return (index >= padded - side).long() + (index >= padded - side // 2).long()
 
-    rows, cols = regions(height), regions(width)
-    region = rows[:, None] * 3 + cols[None, :]  # (H, W)
-    windows = region.unflatten(1, (-1, side)).unflatten(0, (-1, side)).transpose(1, 2)
-    windows = windows.reshape(-1, side * side)  # (windows, T)
+    rows, cols = _windows_along(height, side), _windows_along(width, side)
+    region = regions(rows)[:, None] * 3 + regions(cols)[None, :]  # (rows * side, cols * side)
+    windows = region.view(rows, side, cols, side).transpose(1, 2).reshape(rows * cols, side * side)  # (windows, T)
     return windows[:, :, None] != windows[:, None, :]
