@@ -18,13 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m mask2former", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (
-        add_export_command,
-        add_convert_command,
-        add_data_commands,
-        add_models_command,
-        add_tile_command,
-    ):
+    for add in (add_export_command, add_convert_command, add_data_commands, add_models_command, add_tile_command):
         add(commands)
     args = parser.parse_args(arguments)
     return int(args.run(args))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mask2former.checkpoint import ModelDescription, Task
 from mask2former.export.files import Run
+from mask2former.export.graph import OUTPUTS
 from mask2former.inference import predict_image
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import instance_segmentation, panoptic_segmentation, semantic_segmentation
@@ -111,9 +112,8 @@ def reference(
                 top_k=settings.top_k,
                 is_thing=is_thing,
                 score_threshold=settings.score_threshold,
-                matrix_nms_sigma=settings.matrix_nms_sigma,
             )
-            return {name: x.numpy() for name, x in vars(instances).items()}
+            return {name: getattr(instances, name).numpy() for name in OUTPUTS["instance"]}
         panoptic = panoptic_segmentation(
             *prediction,
             geometry,

@@ -24,7 +24,7 @@ def add_export_command(commands: Any) -> None:
     parser = commands.add_parser("export", help="write a model as one file that needs no config; docs/export.md")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config-file", metavar="FILE", help="YAML config of the model; needs --weights")
-    source.add_argument("--model", metavar="M", help="instead: a model file, *.safetensors")
+    source.add_argument("--model", metavar="M", help="instead: a model file, or the name of a published one")
     parser.add_argument("--weights", metavar="FILE", help="checkpoint of the training")
     parser.add_argument("--to", required=True, type=_target, metavar="FILE", help=f"to write, {_either(FORMATS)}")
     parser.add_argument("--task", choices=("panoptic", "instance", "semantic"), help="default: the model's first one")

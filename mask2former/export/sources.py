@@ -51,15 +51,22 @@ def from_config(config_file: str, weights: str, opts: Sequence[str], notes: Mapp
 
 
 def from_model(name: str, notes: Mapping[str, str]) -> Source:
-    """Read a model file.
+    """Read a model file, or fetch a published model.
 
     Args:
-        name: the file.
+        name: the file, or a name of `mask2former.zoo`.
         notes: added to those of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no model file.
+        OSError: if a published model cannot be fetched.
     """
-    network, description = load_model_file(name)
-    return Source(network, replace(description, notes={**description.notes, **notes}))
+    from mask2former import zoo
+
+    if zoo.is_model_name(name):
+        published = zoo.find_model(name)
+        source = Source(zoo.load_model(published).model, published.description())
+    else:
+        source = Source(*load_model_file(name))
+    return source._replace(description=replace(source.description, notes={**source.description.notes, **notes}))

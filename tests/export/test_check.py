@@ -66,6 +66,13 @@ def test_graph_in_pytorch_equals_the_model(task, image_format):
     assert len({c.size for c in found}) == 3
 
 
+def test_matrix_nms_is_refused_and_not_left_out():
+    settings = PredictionSettings(matrix_nms_sigma=0.5)
+    description = ModelDescription(architecture=architecture(), categories=categories(), settings=settings)
+    with pytest.raises(ValueError, match=r"matrix_nms_sigma must be 0 to export instances, got 0\.5"):
+        SegmentationGraph(lively_model(), description, "instance")
+
+
 def test_a_file_of_another_model_does_not_agree():
     model, other = lively_model().eval(), lively_model().eval()
     with torch.no_grad():

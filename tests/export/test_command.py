@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mask2former.__main__ import main
+from mask2former.build import build_model
 from mask2former.checkpoint import ModelDescription, PredictionSettings, load_model_file, save_model_file
 from mask2former.export import files
 from mask2former.export.check import made_up_picture, reference
@@ -53,6 +54,22 @@ def run(*words):
     return main(["export", *(str(word) for word in words)])
 
 
+def test_the_traced_program_takes_any_size():
+    """Whether the model can be traced at all; what is written from it is tested in the slow tests."""
+    parts = architecture()
+    parts["transformer_decoder"]["num_layers"] = 1
+    description = ModelDescription(architecture=parts, categories=categories(), settings=SETTINGS)
+    torch.manual_seed(0)
+    network = build_model(parts).eval()
+    program = files.module_runner(files.trace(SegmentationGraph(network, description, "instance")).module())
+    for height, width in ((64, 64), (131, 90), (20, 30), (33, 300)):
+        image = np.random.default_rng(0).uniform(0, 255, (1, 3, height, width)).astype(np.float32)
+        found, expected = program(image), reference(network, description, "instance", image)
+        np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
+        assert found["masks"].shape == expected["masks"].shape == (len(expected["scores"]), height, width)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(90, 131), (64, 64), (200, 77), (20, 30)])
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt2"])
 def test_programs_give_what_the_model_gives_at_any_size(exported, name, size):
@@ -71,6 +88,7 @@ def test_programs_give_what_the_model_gives_at_any_size(exported, name, size):
     assert size != (90, 131) or len(expected["scores"]) > 1
 
 
+@pytest.mark.slow
 def test_programs_run_without_this_package(exported):
     """The example of the document, and a program in PyTorch."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/export.md").read_text("utf-8"), re.M | re.S)
@@ -91,6 +109,7 @@ print(sorted(program(torch.zeros(1, 3, 50, 70))), json.loads(extra["mask2former.
     assert done.stdout.split("]")[1].strip() == "panoptic"
 
 
+@pytest.mark.slow
 def test_metadata_and_no_paths_of_this_machine(exported):
     import onnx
 

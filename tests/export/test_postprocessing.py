@@ -74,9 +74,9 @@ def both_panoptic(prediction: Prediction, **changes: Any) -> tuple[PanopticTenso
 
 
 def both_instances(
-    prediction: Prediction, *, top_k: int = 20, is_thing: Tensor | None = None, **changes: float
+    prediction: Prediction, *, top_k: int = 20, is_thing: Tensor | None = None, score_threshold: float = 0.0
 ) -> tuple[InstanceTensors, InstanceResult]:
-    arguments: dict[str, Any] = {"top_k": top_k, "is_thing": is_thing, "score_threshold": 0.0, **changes}
+    arguments: dict[str, Any] = {"top_k": top_k, "is_thing": is_thing, "score_threshold": score_threshold}
     return instance_tensors(*prediction, CANVAS, SIZE, **arguments), instance_segmentation(
         *prediction, GEOMETRY, **arguments
     )
@@ -119,22 +119,14 @@ def test_share_exactly_at_the_overlap_threshold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_thing", "top_k", "score_threshold", "matrix_nms_sigma"),
-    [
-        (None, 20, 0.0, 0.0),
-        (IS_THING, 20, 0.0, 0.0),
-        (IS_THING, 3, 0.2, 0.0),
-        (None, 1000, 0.9, 0.0),
-        (~IS_THING & IS_THING, 5, 0.0, 2.0),
-        (None, 20, 0.1, 2.0),
-    ],
-    ids=["all", "things", "few", "good", "none", "matrix NMS"],
+    ("is_thing", "top_k", "score_threshold"),
+    [(None, 20, 0.0), (IS_THING, 20, 0.0), (IS_THING, 3, 0.2), (None, 1000, 0.9), (~IS_THING & IS_THING, 5, 0.0)],
+    ids=["all", "things", "few", "good", "none"],
 )
 def test_instances(
-    prediction: Prediction, is_thing: Tensor | None, top_k: int, score_threshold: float, matrix_nms_sigma: float
+    prediction: Prediction, is_thing: Tensor | None, top_k: int, score_threshold: float
 ) -> None:
-    changes = {"score_threshold": score_threshold, "matrix_nms_sigma": matrix_nms_sigma}
-    found, expected = both_instances(prediction, is_thing=is_thing, top_k=top_k, **changes)
+    found, expected = both_instances(prediction, is_thing=is_thing, top_k=top_k, score_threshold=score_threshold)
     assert found.scores.shape == expected.scores.shape
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=1e-7)
     assert torch.equal(found.labels, expected.labels)
