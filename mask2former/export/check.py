@@ -112,6 +112,7 @@ def reference(
                 top_k=settings.top_k,
                 is_thing=is_thing,
                 score_threshold=settings.score_threshold,
+                matrix_nms_sigma=settings.matrix_nms_sigma,
             )
             return {name: getattr(instances, name).numpy() for name in OUTPUTS["instance"]}
         panoptic = panoptic_segmentation(

@@ -45,14 +45,12 @@ class SegmentationGraph(nn.Module):
                 and post-processing stay float32.
 
         Raises:
-            ValueError: if the model is not for the task, dtype is another, or instances go through matrix NMS.
+            ValueError: if the model is not for the task, or dtype is another.
         """
         super().__init__()
         settings = description.settings
         if task not in settings.tasks:
             raise ValueError(f"task must be one of {', '.join(settings.tasks)}, which the model is for, got {task!r}")
-        if task == "instance" and settings.matrix_nms_sigma > 0:
-            raise ValueError(f"matrix_nms_sigma must be 0 to export instances, got {settings.matrix_nms_sigma}")
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
         self.network: Mask2Former = copy.deepcopy(network).cpu().eval().requires_grad_(False)
@@ -120,6 +118,7 @@ class SegmentationGraph(nn.Module):
             top_k=settings.top_k,
             is_thing=self.is_thing,  # as `Predictor`: instances are things only
             score_threshold=settings.score_threshold,
+            matrix_nms_sigma=settings.matrix_nms_sigma,
         )._asdict()
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mask2former.modeling.matrix_nms import matrix_nms_decay
+
 Size = tuple[int, int]
 
 
@@ -125,6 +127,7 @@ def instance_tensors(
     top_k: int,
     is_thing: Tensor | None,
     score_threshold: float,
+    matrix_nms_sigma: float = 0.0,
 ) -> InstanceTensors:
     """The same as `instance_segmentation`.
 
@@ -132,7 +135,7 @@ def instance_tensors(
         class_logits: (Q, K + 1).
         mask_logits: (Q, h, w).
         canvas, size: as in `semantic_labels`.
-        top_k, is_thing, score_threshold: as there.
+        top_k, is_thing, score_threshold, matrix_nms_sigma: as there.
     """
     probability = class_logits.float().softmax(-1)[:, :-1]  # (Q, K)
     num_classes = probability.shape[1]
@@ -144,17 +147,20 @@ def instance_tensors(
     kept = keep.nonzero().squeeze(1)
     class_scores, query, labels = class_scores[kept], query[kept], labels[kept]
 
-    logits = _enlarged(_with_empty_mask(mask_logits[query]), canvas, size)  # (N + 1, H, W)
+    mask_logits, labels = _with_empty_mask(mask_logits[query]), F.pad(labels, (0, 1))  # N + 1
+    logits = _enlarged(mask_logits, canvas, size)  # (N + 1, H, W)
     inside = logits > 0
     total = (logits.sigmoid() * inside).flatten(1).sum(1)
     quality = total / (inside.flatten(1).sum(1) + 1e-6)
     scores = F.pad(class_scores, (0, 1), value=-1) * quality - F.pad(torch.zeros_like(class_scores), (0, 1), value=1)
+    if matrix_nms_sigma > 0:
+        scores = scores * matrix_nms_decay(scores, labels, mask_logits > 0, matrix_nms_sigma)
     # stable on the CPU, and in ONNX; the exporter has no form of `stable=True`. The empty mask's score is -1.
     scores, order = scores.sort(descending=True)
     kept = ((scores >= score_threshold) & (scores >= 0)).nonzero().squeeze(1)
     order = order[kept]
     masks = inside[order]
-    return InstanceTensors(F.pad(labels, (0, 1))[order], scores[kept], masks, _boxes(inside)[order])
+    return InstanceTensors(labels[order], scores[kept], masks, _boxes(inside)[order])
 
 
 def _enlarged(mask_logits: Tensor, canvas: Size, size: Size) -> Tensor:

@@ -8,7 +8,7 @@ from mask2former.checkpoint import ModelDescription, PredictionSettings
 from mask2former.export.check import Comparison, agreement, compare, made_up_picture, reference
 from mask2former.export.files import module_runner
 from mask2former.export.graph import SegmentationGraph
-from tests.tiny import architecture, categories, lively_model
+from tests.tiny import architecture, categories, lively_model, picture
 
 LEFT = np.array([[1, 1, 0, 0]] * 4, dtype=np.bool_)
 RIGHT = ~LEFT
@@ -66,11 +66,18 @@ def test_graph_in_pytorch_equals_the_model(task, image_format):
     assert len({c.size for c in found}) == 3
 
 
-def test_matrix_nms_is_refused_and_not_left_out():
-    settings = PredictionSettings(matrix_nms_sigma=0.5)
-    description = ModelDescription(architecture=architecture(), categories=categories(), settings=settings)
-    with pytest.raises(ValueError, match=r"matrix_nms_sigma must be 0 to export instances, got 0\.5"):
-        SegmentationGraph(lively_model(), description, "instance")
+def test_matrix_nms_is_in_the_program():
+    model = lively_model().eval()
+    image = torch.from_numpy(picture(48, 64).transpose(2, 0, 1).copy())[None].float()  # (1, 3, 48, 64)
+    scores = {}
+    for sigma in (0.0, 2.0):
+        settings = PredictionSettings(matrix_nms_sigma=sigma)
+        description = ModelDescription(architecture=architecture(), categories=categories(), settings=settings)
+        graph = SegmentationGraph(model, description, "instance")
+        assert all(c.agrees for c in compare(module_runner(graph), model, description, "instance", made_up_picture()))
+        with torch.no_grad():
+            scores[sigma] = graph(image)["scores"]
+    assert scores[2.0].sum() < 0.9 * scores[0.0].sum()
 
 
 def test_a_file_of_another_model_does_not_agree():
