@@ -4,6 +4,8 @@ All take and give queries (B, Q, C). ``pre_norm`` normalises before a step inste
 attention weights, on what is added to the queries, and inside the FFN, in training only.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,9 +67,10 @@ class SpatialAttentionLayer(_ResidualStep):
         self.centre = MLP(in_dim=dim, hidden_dim=dim, out_dim=2, num_layers=2)
         self.heads = nn.Linear(dim, num_heads * 4)  # offset x, y and width x, y
         nn.init.zeros_(self.heads.weight)
-        width = torch.tensor(_FIRST_WIDTH - _LEAST_WIDTH).expm1().log().item()  # the inverse of softplus
+        nn.init.zeros_(self.heads.bias)
         with torch.no_grad():
-            self.heads.bias.copy_(torch.tensor([0.0, 0.0, width, width]).repeat(num_heads))
+            widths = self.heads.bias.view(num_heads, 4)[:, 2:]
+            widths.fill_(math.log(math.expm1(_FIRST_WIDTH - _LEAST_WIDTH)))  # the inverse of softplus
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, query_position: Tensor, cells: Tensor) -> Tensor:
