@@ -122,8 +122,8 @@ def main() -> None:
     folder = args.folder / f"{args.images}_images_{args.iterations}_iterations_seed_{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; "
-        f"{args.images} images, {args.iterations} iterations, seed {args.seed}\n"
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch {torch.__version__};"
+        f" {args.images} images, {args.iterations} iterations, seed {args.seed}\n"
     )
     print("| Table | variant | final loss | last layer | PQ | s an iteration |\n|---|---|---|---|---|---|", flush=True)
     for table, variants in TABLES.items():
