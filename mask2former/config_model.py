@@ -2,13 +2,25 @@
 
 from typing import Any
 
+from mask2former.config_keys import DEFAULTS
 from mask2former.config_values import at_least, one_of, require, subset_of
+from mask2former.modeling.criterion import MASK_PARTS
 from mask2former.modeling.mask2former import ENCODED, PIXEL_EMBEDDING
+from mask2former.modeling.transformer_decoders.masked_attention import CROSS_ATTENTIONS, FEATURE_SCALES
 
 PER_PIXEL = "PerPixelBaselineHead"
 PER_PIXEL_PLUS = "PerPixelBaselinePlusHead"
 _MASKS = "MaskFormerHead"
 _STANDARD = "StandardTransformerDecoder"
+# What the masked decoder alone obeys, under MODEL.MASK_FORMER.
+_OF_MASKED_DECODER = (
+    "CROSS_ATTENTION",
+    "FEATURE_SCALES",
+    "LEARNABLE_QUERIES",
+    "SELF_ATTENTION_FIRST",
+    "DECODER_DROPOUT",
+    "TEST.DECODER_LAYERS",
+)
 _WITHOUT_ENCODER = ("BasePixelDecoder", "SemanticFPNPixelDecoder", "BiFPNPixelDecoder", "FaPNPixelDecoder")
 _OBJECT_MAPPERS = ("mask_former_instance", "coco_instance_lsj")
 _STAGES = ("res2", "res3", "res4", "res5")
@@ -145,13 +157,14 @@ def bifpn_arguments(cfg: Any) -> dict[str, Any]:
 
 
 def transformer_decoder_arguments(cfg: Any) -> dict[str, Any]:
-    """MODEL.MASK_FORMER -> arguments of the masked-attention decoder (no dropout, as published).
+    """MODEL.MASK_FORMER -> arguments of the masked-attention decoder; its dropout is DECODER_DROPOUT, not DROPOUT.
 
     `num_layers` is DEC_LAYERS - 1: the prediction from the learned queries alone counts as a layer.
     """
     require(cfg, "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "multi_scale_pixel_decoder")
     require(cfg, "MODEL.MASK_FORMER.ENC_LAYERS", 0)
     former = cfg.MODEL.MASK_FORMER
+    num_layers = at_least(cfg, "MODEL.MASK_FORMER.DEC_LAYERS", 2) - 1
     return {
         "in_channels": cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
         "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
@@ -159,11 +172,37 @@ def transformer_decoder_arguments(cfg: Any) -> dict[str, Any]:
         "num_queries": former.NUM_OBJECT_QUERIES,
         "num_heads": former.NHEADS,
         "dim_feedforward": former.DIM_FEEDFORWARD,
-        "num_layers": at_least(cfg, "MODEL.MASK_FORMER.DEC_LAYERS", 2) - 1,
+        "num_layers": num_layers,
         "pre_norm": former.PRE_NORM,
         "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
         "enforce_input_projection": former.ENFORCE_INPUT_PROJ,
+        "cross_attention": one_of(cfg, "MODEL.MASK_FORMER.CROSS_ATTENTION", CROSS_ATTENTIONS),
+        "feature_scales": one_of(cfg, "MODEL.MASK_FORMER.FEATURE_SCALES", FEATURE_SCALES),
+        "learnable_queries": former.LEARNABLE_QUERIES,
+        "self_attention_first": former.SELF_ATTENTION_FIRST,
+        "dropout": _decoder_dropout(cfg),
+        "num_test_layers": _num_test_layers(cfg, num_layers),
     }
+
+
+def _decoder_dropout(cfg: Any) -> float:
+    dropout = cfg.MODEL.MASK_FORMER.DECODER_DROPOUT
+    if not 0 <= dropout < 1:
+        raise ValueError(f"MODEL.MASK_FORMER.DECODER_DROPOUT must be at least 0 and below 1, got {dropout!r}")
+    return float(dropout)
+
+
+def _num_test_layers(cfg: Any, num_layers: int) -> int | None:
+    """None: all. Without learnable queries there is nothing to predict from before the first layer."""
+    number, least = cfg.MODEL.MASK_FORMER.TEST.DECODER_LAYERS, 0 if cfg.MODEL.MASK_FORMER.LEARNABLE_QUERIES else 1
+    if number < 0:
+        return None
+    if not least <= number <= num_layers:
+        raise ValueError(
+            f"MODEL.MASK_FORMER.TEST.DECODER_LAYERS must be in [{least}, {num_layers}], up to DEC_LAYERS - 1, or "
+            f"negative for all layers, got {number}"
+        )
+    return int(number)
 
 
 def standard_decoder_arguments(cfg: Any) -> dict[str, Any]:
@@ -172,6 +211,7 @@ def standard_decoder_arguments(cfg: Any) -> dict[str, Any]:
     "in_channels" is there unless that map is one of the backbone's. `num_layers` is DEC_LAYERS: there is no
     prediction from the queries alone.
     """
+    _require_defaults(cfg, _OF_MASKED_DECODER, f"with {_STANDARD}")
     former, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
     known = (ENCODED, PIXEL_EMBEDDING, *dict.fromkeys((*_STAGES, *head.IN_FEATURES)))
     in_feature = one_of(cfg, "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", known)
@@ -206,12 +246,14 @@ def standard_decoder_arguments(cfg: Any) -> dict[str, Any]:
 def pixel_classifier_arguments(cfg: Any) -> dict[str, Any]:
     """MODEL.SEM_SEG_HEAD -> arguments of the linear classifier of pixels."""
     _check_per_pixel(cfg)
+    _require_defaults(cfg, _OF_MASKED_DECODER, f"with {PER_PIXEL}")
     return {"num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM}
 
 
 def _check_per_pixel(cfg: Any) -> None:
     """Refuse what needs objects or segments: only semantic segmentation classifies pixels."""
     name = cfg.MODEL.SEM_SEG_HEAD.NAME
+    _require_defaults(cfg, ("MATCH_ON", "LOSS_ON"), f"with {name}, which classifies pixels")
     for task in ("PANOPTIC_ON", "INSTANCE_ON"):
         require(cfg, f"MODEL.MASK_FORMER.TEST.{task}", False, f"with {name}, which classifies pixels")
     mapper = cfg.INPUT.DATASET_MAPPER_NAME
@@ -219,6 +261,11 @@ def _check_per_pixel(cfg: Any) -> None:
         raise ValueError(
             f"INPUT.DATASET_MAPPER_NAME must give each pixel a class with {name}, got {mapper!r}, which gives objects"
         )
+
+
+def _require_defaults(cfg: Any, keys: tuple[str, ...], where: str) -> None:
+    for key in keys:
+        require(cfg, f"MODEL.MASK_FORMER.{key}", DEFAULTS[f"MODEL.MASK_FORMER.{key}"], where)
 
 
 def criterion_arguments(cfg: Any) -> dict[str, Any]:
@@ -244,6 +291,8 @@ def criterion_arguments(cfg: Any) -> dict[str, Any]:
         "oversample_ratio": former.OVERSAMPLE_RATIO,
         "importance_sample_ratio": former.IMPORTANCE_SAMPLE_RATIO,
         "deep_supervision": former.DEEP_SUPERVISION,
+        "match_on": one_of(cfg, "MODEL.MASK_FORMER.MATCH_ON", MASK_PARTS),
+        "loss_on": one_of(cfg, "MODEL.MASK_FORMER.LOSS_ON", MASK_PARTS),
     }
 
 

@@ -36,6 +36,7 @@ from mask2former.modeling.postprocessing import (
     semantic_labels,
 )
 from mask2former.modeling.structures import MaskPrediction
+from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder
 from mask2former.results import InstancePicture, PanopticPicture, PictureResult, Segment, SemanticPicture
 
 __all__ = [
@@ -82,6 +83,7 @@ class Predictor:
         image_format: str = "RGB",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        num_test_layers: int | None = None,
         object_mask_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
         top_k: int = 100,
@@ -100,6 +102,8 @@ class Predictor:
                 backbone's and the transformer decoder's matrix products and convolutions run (autocast). Weights, the
                 pixel decoder and post-processing stay float32. A CPU without float16 instructions takes many times as
                 long in float16. docs/predictor.md has measured differences.
+            num_test_layers: so many layers of the masked decoder run, the first ones, which is faster and less
+                accurate; None: as the model is set up. It is a setting of the model, which others may share.
             tasks, shortest, longest, object_mask_threshold, overlap_threshold, top_k, score_threshold,
                 matrix_nms_sigma, semantic_resize_first: see `PredictionSettings`.
 
@@ -116,6 +120,11 @@ class Predictor:
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        if num_test_layers is not None:
+            decoder = model.sem_seg_head.predictor
+            if not isinstance(decoder, MaskedAttentionDecoder):
+                raise ValueError(f"num_test_layers must be None with {type(decoder).__name__}, got {num_test_layers}")
+            decoder.num_test_layers = num_test_layers
         self.categories = tuple(categories)
         self.image_format = image_format
         self.dtype = dtype
@@ -140,13 +149,14 @@ class Predictor:
         device: str | torch.device = "cpu",
         *,
         dtype: torch.dtype = torch.float32,
+        num_test_layers: int | None = None,
         **overrides: Any,
     ) -> "Predictor":
         """From a model file, see `mask2former.checkpoint.save_model_file`.
 
         Args:
             path: the file.
-            device, dtype: where and in what to compute, see `Predictor`.
+            device, dtype, num_test_layers: where, in what and how much to compute, see `Predictor`.
             **overrides: of the file's `PredictionSettings`.
 
         Raises:
@@ -162,6 +172,7 @@ class Predictor:
             image_format=description.image_format,
             device=device,
             dtype=dtype,
+            num_test_layers=num_test_layers,
             **vars(settings),
         )
 

@@ -48,12 +48,23 @@ def model_of(pixel_decoder: str, decoder: dict[str, Any], criterion: dict[str, A
     return whole
 
 
+def variant(decoder: dict[str, Any], criterion: dict[str, Any] | None = None) -> Architecture:
+    """The masked decoder with other options."""
+    whole = tiny.architecture(criterion=criterion)
+    whole["transformer_decoder"] |= decoder
+    return whole
+
+
 CLASSIFIER: dict[str, Any] = {"name": "pixel_classifier"}
 MODELS = {
     **{name: model_of(name, MASKED) for name in PIXEL_DECODERS},
     "standard, encoded": model_of("transformer_encoder", {**STANDARD, "in_feature": "transformer_encoder"}),
     "standard, backbone": model_of("fpn", {**STANDARD, "in_feature": "res5", "num_encoder_layers": 1}),
     "standard, embedding": model_of("fpn", {**STANDARD, "in_feature": "pixel_embedding"}),
+    "plain, 1/8": variant({"cross_attention": "plain", "feature_scales": "stride_8"}),
+    "smca, all scales": variant({"cross_attention": "smca", "feature_scales": "all", "num_test_layers": 2}),
+    "mask pooling": variant({"cross_attention": "mask_pooling", "dropout": 0.1, "self_attention_first": True}),
+    "zero queries": variant({"learnable_queries": False}, {"match_on": "masks", "loss_on": "masks"}),
     "per pixel": model_of("fpn", CLASSIFIER, PER_PIXEL),
     "per pixel plus": model_of("fpn", {**PLUS, "in_feature": "res4"}, PER_PIXEL),
 }
@@ -88,7 +99,9 @@ def test_images_without_a_label_change_nothing(name: str) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["bifpn", "standard, backbone", "per pixel", "per pixel plus"])
+@pytest.mark.parametrize(
+    "name", ["bifpn", "smca, all scales", "zero queries", "standard, backbone", "per pixel", "per pixel plus"]
+)
 def test_model_files_and_predictions(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model(MODELS[name]).eval()

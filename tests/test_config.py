@@ -190,6 +190,12 @@ def test_architecture_of_the_published_r50_config() -> None:
             "pre_norm": False,
             "mask_dim": 256,
             "enforce_input_projection": False,
+            "cross_attention": "masked",
+            "feature_scales": "round_robin",
+            "learnable_queries": True,
+            "self_attention_first": False,
+            "dropout": 0.0,
+            "num_test_layers": None,
         },
         "criterion": {
             "num_classes": 133,
@@ -201,6 +207,8 @@ def test_architecture_of_the_published_r50_config() -> None:
             "oversample_ratio": 3.0,
             "importance_sample_ratio": 0.75,
             "deep_supervision": True,
+            "match_on": "points",
+            "loss_on": "points",
         },
         "input": {
             "pixel_mean": [123.675, 116.28, 103.53],
@@ -321,6 +329,75 @@ def test_per_pixel_heads_refuse_other_tasks(head: dict[str, Any], change: dict[s
 def test_per_pixel_queries_are_the_classes(key: str, value: Any, rule: str) -> None:
     with pytest.raises(ValueError, match=f"{key} must be {rule}.* got {value!r}"):
         config.architecture_arguments(make_config(PER_PIXEL_PLUS, {key: value}))
+
+
+VARIANTS = {
+    "CROSS_ATTENTION": "smca",
+    "FEATURE_SCALES": "stride_8",
+    "LEARNABLE_QUERIES": False,
+    "SELF_ATTENTION_FIRST": True,
+    "DECODER_DROPOUT": 0.1,
+    "TEST.DECODER_LAYERS": 3,
+}
+ON_MASKS = {"MATCH_ON": "masks", "LOSS_ON": "masks"}
+
+
+def variant(**changes: Any) -> dict[str, Any]:
+    return {f"MODEL.MASK_FORMER.{key.replace('__', '.')}": value for key, value in changes.items()}
+
+
+def test_variants_of_the_masked_decoder_and_the_losses() -> None:
+    architecture = config.architecture_arguments(make_config(variant(**VARIANTS), variant(**ON_MASKS)))
+    decoder, criterion = architecture["transformer_decoder"], architecture["criterion"]
+    names = ("cross_attention", "feature_scales", "learnable_queries", "self_attention_first", "dropout")
+    assert [decoder[name] for name in names] == ["smca", "stride_8", False, True, 0.1]
+    assert decoder["num_test_layers"] == 3
+    assert (criterion["match_on"], criterion["loss_on"]) == ("masks", "masks")
+
+
+@pytest.mark.parametrize("number", [-1, -7, 0, 1, 9])
+def test_layers_that_run_in_tests(number: int) -> None:
+    found = config.transformer_decoder_arguments(make_config(variant(TEST__DECODER_LAYERS=number)))
+    assert found["num_test_layers"] == (None if number < 0 else number)
+
+
+@pytest.mark.parametrize(("number", "learnable", "least"), [(10, True, 0), (0, False, 1), (10, False, 1)])
+def test_layers_that_there_are_not_are_refused(number: int, learnable: bool, least: int) -> None:
+    changes = variant(TEST__DECODER_LAYERS=number, LEARNABLE_QUERIES=learnable)
+    with pytest.raises(ValueError, match=rf"TEST.DECODER_LAYERS must be in \[{least}, 9\], .* got {number}"):
+        config.transformer_decoder_arguments(make_config(changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("CROSS_ATTENTION", "deformable", "one of masked, plain, smca, mask_pooling"),
+        ("FEATURE_SCALES", "stride_4", "one of round_robin, stride_32, stride_16, stride_8, all"),
+        ("DECODER_DROPOUT", 1.0, "at least 0 and below 1"),
+        ("DECODER_DROPOUT", -0.1, "at least 0 and below 1"),
+        ("MATCH_ON", "boxes", "one of points, masks"),
+        ("LOSS_ON", "boxes", "one of points, masks"),
+    ],
+)
+def test_unknown_variants_are_refused(key: str, value: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"MODEL.MASK_FORMER.{key} must be {rule}, got {value!r}"):
+        config.architecture_arguments(make_config(variant(**{key: value})))
+
+
+@pytest.mark.parametrize("key", VARIANTS)
+@pytest.mark.parametrize(
+    ("base", "name"), [(STANDARD, "StandardTransformerDecoder"), (PER_PIXEL, "PerPixelBaselineHead")]
+)
+def test_other_decoders_refuse_what_they_have_not(base: dict[str, Any], name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"MODEL.MASK_FORMER.{key} must be .* with {name}, got"):
+        config.architecture_arguments(make_config(base, variant(**{key: VARIANTS[key]})))
+
+
+@pytest.mark.parametrize("key", ON_MASKS)
+@pytest.mark.parametrize("head", [PER_PIXEL, PER_PIXEL_PLUS], ids=["baseline", "plus"])
+def test_per_pixel_heads_have_no_masks_to_look_at(head: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} must be 'points', .*classifies pixels, got 'masks'"):
+        config.architecture_arguments(make_config(head, variant(**{key: "masks"})))
 
 
 def test_narrow_resnet_needs_equal_stem_and_bottleneck_widths() -> None:

@@ -289,3 +289,26 @@ def test_threads_share_one_predictor(dtype: torch.dtype) -> None:
     for name, tensor in predictor.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not any(module.training for module in predictor.model.modules())
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, None])
+def test_the_first_layers_alone(number: int | None, tmp_path: Path) -> None:
+    model = lively_model().eval()
+    description = ModelDescription(architecture=architecture(), categories=categories())
+    save_model_file(tmp_path / "model.safetensors", model, description, dtype=torch.float32)
+    reduced = Predictor.from_file(tmp_path / "model.safetensors", shortest=64, longest=160, num_test_layers=number)
+    resized = reduced._resize(picture()).transpose(2, 0, 1)
+    with torch.no_grad():
+        everything = model.predict(model.batch_images([torch.from_numpy(resized.copy())]), all_layers=True)
+    assert len(everything) == 4
+    found, _ = reduced._predict_one(picture())
+    torch.testing.assert_close(found.class_logits, everything[-1 if number is None else number].class_logits[0])
+
+
+def test_layers_that_there_are_not_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_test_layers must be in \[0, 3\] or None, got 4"):
+        make(num_test_layers=4)
+    model = lively_model()
+    model.sem_seg_head.predictor = torch.nn.Identity()
+    with pytest.raises(ValueError, match="num_test_layers must be None with Identity, got 1"):
+        Predictor(model, categories=categories(), num_test_layers=1)

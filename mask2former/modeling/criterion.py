@@ -1,7 +1,7 @@
 """The training loss: matching, class loss and mask losses with deep supervision (paper section 3.3)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,10 @@ from mask2former.modeling.losses import dice, sigmoid_cross_entropy
 from mask2former.modeling.matcher import HungarianMatcher
 from mask2former.modeling.point_sampling import sample_logits, sample_masks, sample_uncertain_points
 from mask2former.modeling.structures import MaskPrediction, MaskTarget
+from mask2former.modeling.whole_masks import whole_logits, whole_masks
+
+MaskPart = Literal["points", "masks"]
+MASK_PARTS: tuple[MaskPart, ...] = get_args(MaskPart)
 
 
 class _Pairs(NamedTuple):
@@ -31,7 +35,7 @@ class SetCriterion(nn.Module):
     """Losses of a set of predictions against a set of targets.
 
     All layers and images go through the same few operations; targets stay bool, are never padded and are only
-    read at the sampled points.
+    read at the sampled points, unless whole masks are asked for.
     """
 
     empty_weight: Tensor
@@ -48,6 +52,8 @@ class SetCriterion(nn.Module):
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
         deep_supervision: bool = True,
+        match_on: MaskPart = "points",
+        loss_on: MaskPart = "points",
     ) -> None:
         """Set up.
 
@@ -58,11 +64,16 @@ class SetCriterion(nn.Module):
             num_points: points a mask, for matching and for the losses.
             oversample_ratio, importance_sample_ratio: see `sample_uncertain_points`.
             deep_supervision: supervise every prediction, not only the last.
+            match_on, loss_on: what matching and mask losses look at: "points", or "masks", which is every pixel of
+                the canvas and takes several times the memory (Table 5).
 
         Raises:
-            ValueError: if a number is out of its range.
+            ValueError: if a number is out of its range, or ``match_on`` or ``loss_on`` is another word.
         """
         super().__init__()
+        for name, part in (("match_on", match_on), ("loss_on", loss_on)):
+            if part not in MASK_PARTS:
+                raise ValueError(f"{name} must be one of {', '.join(MASK_PARTS)}, got {part!r}")
         if num_points < 1:
             raise ValueError(f"num_points must be at least 1, got {num_points}")
         if oversample_ratio < 1:
@@ -75,9 +86,8 @@ class SetCriterion(nn.Module):
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
         self.deep_supervision = deep_supervision
-        self.matcher = HungarianMatcher(
-            class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight
-        )
+        self.match_on, self.loss_on = match_on, loss_on
+        self.matcher = HungarianMatcher(class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight)
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = no_object_weight
         self.register_buffer("empty_weight", empty_weight)
@@ -134,17 +144,44 @@ class SetCriterion(nn.Module):
         generator: torch.Generator | None,
     ) -> _Pairs:
         B, device = class_logits.shape[1], class_logits.device
-        points = torch.rand(B, self.num_points, 2, device=device, generator=generator)
-        logits = torch.stack([sample_logits(p.mask_logits, points) for p in predictions])  # (layers, B, Q, P)
-        labels = [t.labels for t in targets]
-        masks = [sample_masks(t.masks, points[b], canvas) for b, t in enumerate(targets)]  # (N_b, P)
-        matched = self.matcher.match(class_logits, logits, labels, masks)
+        if self.match_on == "masks":
+            matched = self.matcher.assign(
+                self._whole_costs(predictions, class_logits, targets, canvas), [len(t.labels) for t in targets]
+            )
+        else:
+            points = torch.rand(B, self.num_points, 2, device=device, generator=generator)
+            logits = torch.stack([sample_logits(p.mask_logits, points) for p in predictions])  # (layers, B, Q, P)
+            labels = [t.labels for t in targets]
+            masks = [sample_masks(t.masks, points[b], canvas) for b, t in enumerate(targets)]  # (N_b, P)
+            matched = self.matcher.match(class_logits, logits, labels, masks)
         columns = [
             torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query, target])
             for image in range(B)
             for layer, (query, target) in ((i, matched[i][image]) for i in range(len(matched)))
         ]
         return _Pairs(*torch.cat(columns, dim=1).unbind(0))
+
+    def _whole_costs(
+        self,
+        predictions: Sequence[MaskPrediction],
+        class_logits: Tensor,
+        targets: Sequence[MaskTarget],
+        canvas: tuple[int, int],
+    ) -> Tensor:
+        """(layers, B, Q, widest): costs on whole masks, one layer and image at a time, which bounds the memory."""
+        widest = max((len(t.labels) for t in targets), default=0)
+        costs = class_logits.new_zeros(*class_logits.shape[:3], widest)
+        for image, (labels, masks) in enumerate(targets):
+            if len(labels) == 0:
+                continue
+            wanted = whole_masks(masks, canvas)  # (N, H * W)
+            for layer, prediction in enumerate(predictions):
+                logits = whole_logits(prediction.mask_logits[image], canvas)  # (Q, H * W)
+                found = self.matcher.cost(
+                    class_logits[layer, image][None], logits[None], labels[None], wanted[None]
+                )  # (1, Q, N)
+                costs[layer, image, :, : len(labels)] = found[0]
+        return costs
 
     def _class_loss(self, class_logits: Tensor, targets: Sequence[MaskTarget], pairs: _Pairs) -> Tensor:
         """(layers,): weighted cross-entropy over all queries, divided by the sum of the weights.
@@ -173,23 +210,20 @@ class SetCriterion(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """((layers,), (layers,)): sums over the matched pairs, divided by the number of targets."""
         mask_logits = _gather_pairs(predictions, pairs)  # (T, H/4, W/4)
-        with torch.no_grad():
-            points = sample_uncertain_points(
-                mask_logits,
-                num_points=self.num_points,
-                oversample_ratio=self.oversample_ratio,
-                importance_sample_ratio=self.importance_sample_ratio,
-                generator=generator,
-            )
-            counts = torch.bincount(pairs.image, minlength=len(targets)).tolist()
-            target = pairs.target.to(points.device)
+        counts = torch.bincount(pairs.image, minlength=len(targets)).tolist()
+        chosen = pairs.target.to(mask_logits.device).split(counts)
+        if self.loss_on == "masks":
+            logits = whole_logits(mask_logits, canvas)  # (T, P), with P = H * W
+            wanted = torch.cat([whole_masks(t.masks[index], canvas) for t, index in zip(targets, chosen, strict=True)])
+        else:
+            points = self._points(mask_logits, generator)  # (T, P, 2)
             wanted = torch.cat(
                 [
                     sample_masks(t.masks, p, canvas, index)
-                    for t, p, index in zip(targets, points.split(counts), target.split(counts), strict=True)
+                    for t, p, index in zip(targets, points.split(counts), chosen, strict=True)
                 ]
             )  # (T, P)
-        logits = sample_logits(mask_logits.unsqueeze(1), points).squeeze(1)  # (T, P)
+            logits = sample_logits(mask_logits.unsqueeze(1), points).squeeze(1)  # (T, P)
         wanted = wanted.to(logits.dtype)  # of float32 targets and float64 logits the loss would be float32
         count = float(sum(len(t.labels) for t in targets))
         num_masks = average_over_ranks(torch.full((), count, device=logits.device)).clamp(min=1)
@@ -197,6 +231,16 @@ class SetCriterion(nn.Module):
         return (
             zeros.index_add(0, layer, sigmoid_cross_entropy(logits, wanted)) / num_masks,
             zeros.index_add(0, layer, dice(logits, wanted)) / num_masks,
+        )
+
+    @torch.no_grad()
+    def _points(self, mask_logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        return sample_uncertain_points(
+            mask_logits,
+            num_points=self.num_points,
+            oversample_ratio=self.oversample_ratio,
+            importance_sample_ratio=self.importance_sample_ratio,
+            generator=generator,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -220,9 +264,7 @@ def _gather_pairs(predictions: Sequence[MaskPrediction], pairs: _Pairs) -> Tenso
     return torch.cat(parts)[torch.cat(places).argsort().to(device)]
 
 
-def check_targets(
-    targets: Sequence[MaskTarget], *, images: int, canvas: tuple[int, int], num_classes: int
-) -> None:
+def check_targets(targets: Sequence[MaskTarget], *, images: int, canvas: tuple[int, int], num_classes: int) -> None:
     """Raise ValueError unless there is one target an image, of the right types, within canvas and classes."""
     if len(targets) != images:
         raise ValueError(f"targets must hold one entry for each of the {images} images, got {len(targets)}")

@@ -88,7 +88,13 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_blocked: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_blocked: Tensor | None = None,
+        *,
+        attn_bias: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -96,6 +102,7 @@ class Attention(nn.Module):
             query: (B, Q, C).
             key, value: (B, S, C).
             attn_blocked: (B, Q, S) bool, True where a query must not look; no row may be all True.
+            attn_bias: (B, M, Q, S), added to the logits; instead of ``attn_blocked``.
 
         Returns:
             (B, Q, C).
@@ -106,7 +113,9 @@ class Attention(nn.Module):
             F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, length, C/M)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
-        mask = None if attn_blocked is None else ~attn_blocked.unsqueeze(1)  # (B, 1, Q, S), True = may look
+        mask = None if attn_bias is None else attn_bias.to(q.dtype)
+        if attn_blocked is not None:
+            mask = ~attn_blocked.unsqueeze(1)  # (B, 1, Q, S), True = may look
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, M, Q, C/M)
         return self.out_proj(out.transpose(1, 2).flatten(2))

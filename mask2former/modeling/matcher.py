@@ -82,6 +82,27 @@ class HungarianMatcher:
             masks: (N_b, P) of each image, at the same points.
 
         Returns:
+            As `assign`.
+
+        Raises:
+            FloatingPointError: as `assign`.
+        """
+        counts = [len(x) for x in labels]
+        if not any(counts):
+            return self.assign(class_logits.new_zeros(*class_logits.shape[:3], 0), counts)
+        # padded to the widest image, so that one product serves all; `assign` cuts the surplus columns off
+        padded_labels = pad_sequence(list(labels), batch_first=True)  # (B, widest)
+        padded_masks = pad_sequence(list(masks), batch_first=True)  # (B, widest, P)
+        return self.assign(self.cost(class_logits, mask_logits, padded_labels, padded_masks), counts)
+
+    def assign(self, costs: Tensor, counts: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
+        """The cheapest assignment of each layer and image.
+
+        Args:
+            costs: (layers, B, Q, N), see `cost`; of image b the first ``counts[b]`` columns count.
+            counts: N_b, targets of each image, at most N.
+
+        Returns:
             For each layer and image (query indices, target indices), int64 on the CPU, min(Q, N_b) each, in
             the order of the queries.
 
@@ -90,8 +111,7 @@ class HungarianMatcher:
                 image and layer of the first one, and the iteration.
         """
         self.num_calls += 1
-        counts = [len(x) for x in labels]
-        num_layers, num_images, num_queries = class_logits.shape[:3]
+        num_layers, num_images, num_queries = costs.shape[:3]
         widest = max(counts, default=0)
         if widest > num_queries and not self._warned_too_many:
             self._warned_too_many = True
@@ -103,17 +123,13 @@ class HungarianMatcher:
         if widest == 0:
             empty = torch.zeros(0, dtype=torch.int64)
             return [[(empty, empty)] * num_images for _ in range(num_layers)]
-        # padded to the widest image, so that one product serves all; the surplus columns are cut off below
-        padded_labels = pad_sequence(list(labels), batch_first=True)  # (B, widest)
-        padded_masks = pad_sequence(list(masks), batch_first=True)  # (B, widest, P)
-        costs = self.cost(class_logits, mask_logits, padded_labels, padded_masks).cpu().numpy()
-        costs = self._make_finite(costs, counts)
+        finite = self._make_finite(costs.cpu().numpy(), counts)
         return [
-            [_assign(costs[layer, image, :, :count]) for image, count in enumerate(counts)]
+            [_assign(finite[layer, image, :, :count]) for image, count in enumerate(counts)]
             for layer in range(num_layers)
         ]
 
-    def _make_finite(self, costs: np.ndarray, counts: list[int]) -> np.ndarray:
+    def _make_finite(self, costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         real = np.arange(costs.shape[-1])[None, None, None, :] < np.array(counts)[None, :, None, None]
         bad = ~np.isfinite(costs) & real
         if not bad.any():
@@ -129,9 +145,7 @@ class HungarianMatcher:
                 f"last in {where}: the model gives NaN or Inf; lower SOLVER.BASE_LR, or train in bfloat16 or "
                 "float32"
             )
-        warnings.warn(
-            f"{int(bad.sum())} matching costs are not finite and were replaced: {where}", stacklevel=3
-        )
+        warnings.warn(f"{int(bad.sum())} matching costs are not finite and were replaced: {where}", stacklevel=3)
         return np.where(np.isfinite(costs), costs, _REPLACEMENT)
 
 

@@ -41,8 +41,14 @@ def test_config_builds_the_core_model(path):
         ],
         [*STANDARD, "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "transformer_encoder"],
         ["MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", "BiFPNPixelDecoder"],
+        [
+            *("MODEL.MASK_FORMER.CROSS_ATTENTION", "smca", "MODEL.MASK_FORMER.FEATURE_SCALES", "all"),
+            *("MODEL.MASK_FORMER.LEARNABLE_QUERIES", False, "MODEL.MASK_FORMER.SELF_ATTENTION_FIRST", True),
+            *("MODEL.MASK_FORMER.DEC_LAYERS", 4, "MODEL.MASK_FORMER.TEST.DECODER_LAYERS", 2),
+        ],
+        ["MODEL.MASK_FORMER.CROSS_ATTENTION", "mask_pooling", "MODEL.MASK_FORMER.TEST.DECODER_LAYERS", 0],
     ],
-    ids=["backbone", "embedding", "encoder", "deformable", "bifpn"],
+    ids=["backbone", "embedding", "encoder", "deformable", "bifpn", "variants", "learned queries alone"],
 )
 def test_predictions_are_those_of_the_core(tiny_cfg, words):
     tiny_cfg.merge_from_list(words)
