@@ -101,7 +101,9 @@ def onnx_runner(path: str | Path) -> Run:
     require("onnxruntime")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: it warns of each float16 product that it has no form of for the CPU
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda image: dict(zip(names, session.run(None, {"image": image}), strict=True))
 

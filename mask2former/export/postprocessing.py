@@ -155,8 +155,8 @@ def instance_tensors(
     scores = F.pad(class_scores, (0, 1), value=-1) * quality - F.pad(torch.zeros_like(class_scores), (0, 1), value=1)
     if matrix_nms_sigma > 0:
         scores = scores * matrix_nms_decay(scores, labels, mask_logits > 0, matrix_nms_sigma)
-    # stable on the CPU, and in ONNX; the exporter has no form of `stable=True`. The empty mask's score is -1.
-    scores, order = scores.sort(descending=True)
+    order = _best_first(scores)
+    scores = scores[order]  # the empty mask's is -1
     kept = ((scores >= score_threshold) & (scores >= 0)).nonzero().squeeze(1)
     order = order[kept]
     masks = inside[order]
@@ -177,6 +177,14 @@ def _with_empty_mask(mask_logits: Tensor) -> Tensor:
 def _count(winner: Tensor, weights: Tensor, like: Tensor) -> Tensor:
     """(N,) int64: sum of the (H, W) weights of the pixels that each query won."""
     return torch.zeros_like(like).scatter_add(0, winner.flatten(), weights.flatten())
+
+
+def _best_first(scores: Tensor) -> Tensor:
+    """(N,) int64: the stable order, largest first; the exporter to ONNX has no form of a stable sort."""
+    number = torch.arange(0, scores.shape[0], device=scores.device)
+    equal_before = (scores[None] == scores[:, None]) & (number[None] < number[:, None])
+    place = ((scores[None] > scores[:, None]) | equal_before).to(torch.int64).sum(1)  # (N,)
+    return torch.zeros_like(place).scatter(0, place, number)
 
 
 def _same_segment(labels: Tensor, thing: Tensor, stays: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def test_nothing_is_left_when_writing_fails(folder, tmp_path, monkeypatch):
 
     target = tmp_path / "x.safetensors"
     target.write_bytes(b"old")
-    monkeypatch.setattr("mask2former.checkpoint.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     assert run("--model", folder / "model.safetensors", "--to", target) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert target.read_bytes() == b"old"
