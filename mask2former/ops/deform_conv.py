@@ -1,6 +1,6 @@
 """Deformable convolution (Dai et al., 2017): torchvision's where it is installed, otherwise plain PyTorch."""
 
-import importlib.util
+from importlib.machinery import PathFinder
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mask2former.ops.ms_deform_attn import _is_exporting
 
-_HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
+_HAS_TORCHVISION = PathFinder.find_spec("torchvision") is not None  # installed; it is imported where it is used
 
 
 def deform_conv2d(x: Tensor, offsets_px: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
