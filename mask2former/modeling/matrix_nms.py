@@ -1,6 +1,7 @@
 """Matrix NMS: lowers the scores of masks that lie over better ones of their class (SOLOv2 section 3.3)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,8 +27,6 @@ def matrix_nms_decay(scores: Tensor, labels: Tensor, masks: Tensor, sigma: float
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be above 0, got {sigma}")
-    if len(scores) == 0:
-        return scores.new_ones(0, dtype=torch.float32)
     number = torch.arange(0, scores.shape[0], device=scores.device)
     better = scores[:, None] > scores  # (N, N) row: the better one
     better = better | ((scores[:, None] == scores) & (number[:, None] < number))
@@ -36,6 +35,7 @@ def matrix_nms_decay(scores: Tensor, labels: Tensor, masks: Tensor, sigma: float
     common = pixels @ pixels.t()  # (N, N) exact: counts below 2 ** 24
     area = common.diagonal()
     iou = torch.where(better, common / (area[:, None] + area - common).clamp(min=1), 0)
-    worst = iou.amax(0)  # (N,)
+    worst = F.pad(iou, (0, 0, 0, 1)).amax(0)  # (N,); a row of zeros, for no masks
     decay = (-sigma * (iou.square() - worst.square()[:, None])).exp()
-    return torch.where(better, decay, 1).amin(0)  # at most 1: the best of a class has no worst
+    # at most 1: the best of a class has no worst
+    return F.pad(torch.where(better, decay, 1), (0, 0, 0, 1), value=1.0).amin(0)

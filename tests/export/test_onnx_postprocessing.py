@@ -35,7 +35,9 @@ class _Results(nn.Module):
             return panoptic_tensors(
                 *prediction, is_thing=IS_THING, object_mask_threshold=0.6, overlap_threshold=0.5
             )
-        return instance_tensors(*prediction, top_k=20, is_thing=IS_THING, score_threshold=0.1)
+        return instance_tensors(
+            *prediction, top_k=20, is_thing=IS_THING, score_threshold=0.1, matrix_nms_sigma=2.0
+        )
 
 
 @pytest.fixture(scope="module", params=["panoptic", "instance", "semantic"])
