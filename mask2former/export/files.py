@@ -35,8 +35,10 @@ def trace(graph: SegmentationGraph) -> torch.export.ExportedProgram:
     any_size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with torch.no_grad(), _quiet():
         program = torch.export.export(graph.eval(), (image,), dynamic_shapes={"image": any_size})
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # has paths of this machine
+    for part in program.graph_module.modules():  # the graph, and its parts without autocast
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)  # has paths of this machine
     return program
 
 
