@@ -89,15 +89,15 @@ def _name(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace) -> Predictor:
     import torch
 
+    from mask2former.predictor import device_problem
+
     try:
         import cv2  # noqa: F401
     except ImportError as error:
         raise CommandError(f"drawing needs OpenCV (pip install opencv-python-headless): {error}") from error
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # which of them depends on how PyTorch was built
-        raise CommandError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    if problem := device_problem(device):
+        raise CommandError(f"--device {device} cannot be used: {problem}")
     if args.config_file is not None:
         return _predictor_from_config(args.config_file, args.opts, device)
     return _predictor_from_model(args.model or DEFAULT_MODEL, device)

@@ -120,6 +120,8 @@ class Predictor:
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        if problem := device_problem(device):
+            raise ValueError(f"device must be one that can be used here, got {device}: {problem}")
         if num_test_layers is not None:
             decoder = model.sem_seg_head.predictor
             if not isinstance(decoder, MaskedAttentionDecoder):
@@ -164,7 +166,7 @@ class Predictor:
             ValueError: if it is no model file, or a value is out of its range.
             TypeError: if there is no such setting.
         """
-        model, description = load_model_file(path, device)
+        model, description = load_model_file(path)
         settings = replace(description.settings, **overrides)
         return cls(
             model,
@@ -375,3 +377,12 @@ def _groups_of_one_size(pictures: Iterable[_Resized]) -> Iterator[list[_Resized]
         waiting.setdefault(tuple(picture.planes.shape), []).append(picture)
         room -= pixels
     yield from waiting.values()
+
+
+def device_problem(device: str | torch.device) -> str:
+    """Why nothing can be computed on a device here, in a line; empty if it can."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # which of them depends on how PyTorch was built
+        return str(error).splitlines()[0]
+    return ""

@@ -23,35 +23,18 @@ from mask2former.modeling.postprocessing import (
 from mask2former.predictor import (
     InstancePicture,
     PanopticPicture,
-    PictureResult,
     Predictor,
     SemanticPicture,
     as_rgb,
 )
-from tests.tiny import K, architecture, categories, lively_model, picture
+from tests.tiny import K, architecture, assert_same_pictures, categories, lively_model, lively_predictor, picture
 
 TASKS = ("panoptic", "instance", "semantic")
 
 
-def make(**changes: Any) -> Predictor:
-    values: dict[str, Any] = {"shortest": 64, "longest": 160, "object_mask_threshold": 0.3, "overlap_threshold": 0.2}
-    return Predictor(lively_model(), **{"categories": categories(), **values, **changes})
-
-
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return make()
-
-
-def assert_equal(a: PictureResult, b: PictureResult) -> None:
-    assert type(a) is type(b)
-    for name, value in vars(a).items():
-        other = getattr(b, name)
-        if isinstance(value, np.ndarray):
-            np.testing.assert_array_equal(value, other)
-            assert value.dtype == other.dtype
-        else:
-            assert value == other
+    return lively_predictor()
 
 
 # ---- the same as its parts
@@ -108,7 +91,7 @@ def test_instance_is_model_and_postprocessing(predictor: Predictor) -> None:
 
 @pytest.mark.parametrize("resize_first", [True, False])
 def test_semantic_is_model_and_postprocessing(resize_first: bool) -> None:
-    predictor = make(semantic_resize_first=resize_first)
+    predictor = lively_predictor(semantic_resize_first=resize_first)
     pixels = picture(50, 70)
     expected = semantic_segmentation(*by_hand(predictor, pixels, (64, 90)), resize_first=resize_first).argmax(0)
     result = predictor(pixels, "semantic")
@@ -121,25 +104,25 @@ def test_semantic_is_model_and_postprocessing(resize_first: bool) -> None:
 
 def test_bgr_models_get_bgr(predictor: Predictor) -> None:
     pixels = picture()
-    swapped = make(image_format="BGR")
-    assert_equal(swapped(pixels[..., ::-1]), predictor(pixels))
+    swapped = lively_predictor(image_format="BGR")
+    assert_same_pictures(swapped(pixels[..., ::-1]), predictor(pixels))
     assert not np.array_equal(swapped(pixels).ids, predictor(pixels).ids)
 
 
 def test_longest_edge_wins() -> None:
     pixels = picture(20, 600)
-    predictor = make(shortest=800, longest=320)
+    predictor = lively_predictor(shortest=800, longest=320)
     expected = semantic_segmentation(*by_hand(predictor, pixels, (11, 320))).argmax(0)
     np.testing.assert_array_equal(predictor(pixels, "semantic").labels, expected.numpy())
 
 
 def test_only_things_are_instances_even_if_none() -> None:
     stuff = tuple(c._replace(is_thing=False) for c in categories())
-    result = make(categories=stuff)(picture(), "instance")
+    result = lively_predictor(categories=stuff)(picture(), "instance")
     assert result.masks.shape == (0, 50, 70)
     assert result.names == ()
     things = tuple(c._replace(is_thing=True) for c in categories())
-    assert set(make(categories=things)(picture(), "instance").labels.tolist()) == {0, 1, 2, 3}
+    assert set(lively_predictor(categories=things)(picture(), "instance").labels.tolist()) == {0, 1, 2, 3}
 
 
 # ---- forms of pictures
@@ -149,12 +132,12 @@ def test_grey_alpha_and_sixteen_bits(predictor: Predictor) -> None:
     rgb = picture()
     grey = rgb[..., 0].copy()
     expected = predictor(np.stack([grey] * 3, axis=-1))
-    assert_equal(predictor(grey), expected)
-    assert_equal(predictor(grey[..., None]), expected)
-    assert_equal(predictor(grey.astype(np.uint16) * 257), expected)
-    assert_equal(predictor((grey.astype(np.uint16) * 257).astype(">u2")), expected)
+    assert_same_pictures(predictor(grey), expected)
+    assert_same_pictures(predictor(grey[..., None]), expected)
+    assert_same_pictures(predictor(grey.astype(np.uint16) * 257), expected)
+    assert_same_pictures(predictor((grey.astype(np.uint16) * 257).astype(">u2")), expected)
     alpha = np.random.default_rng(1).integers(0, 256, grey.shape, dtype=np.uint8)
-    assert_equal(predictor(np.dstack([rgb, alpha])), predictor(rgb))
+    assert_same_pictures(predictor(np.dstack([rgb, alpha])), predictor(rgb))
 
 
 def test_sixteen_bits_are_rounded_as_in_files(tmp_path: Path) -> None:
@@ -170,9 +153,9 @@ def test_images_and_paths(predictor: Predictor, tmp_path: Path, mode: str) -> No
     path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"
     image.save(path)
     expected = predictor(read_image(path))
-    assert_equal(predictor(image), expected)
-    assert_equal(predictor(path), expected)
-    assert_equal(predictor(str(path)), expected)
+    assert_same_pictures(predictor(image), expected)
+    assert_same_pictures(predictor(path), expected)
+    assert_same_pictures(predictor(str(path)), expected)
 
 
 def test_images_are_turned_upright(tmp_path: Path) -> None:
@@ -196,8 +179,8 @@ def test_read_only_and_odd_strides(predictor: Predictor) -> None:
     pixels = picture(64, 64)  # not resized
     pixels.setflags(write=False)
     before = pixels.copy()
-    assert_equal(predictor(pixels), predictor(before))
-    assert_equal(predictor(pixels[::-1, ::-1]), predictor(before[::-1, ::-1].copy()))
+    assert_same_pictures(predictor(pixels), predictor(before))
+    assert_same_pictures(predictor(pixels[::-1, ::-1]), predictor(before[::-1, ::-1].copy()))
     np.testing.assert_array_equal(pixels, before)
 
 
@@ -244,8 +227,8 @@ def test_panoptic_threshold(predictor: Predictor) -> None:
     nothing = predictor(pixels, threshold=1.0)
     assert nothing.segments == ()
     assert not nothing.ids.any()
-    assert_equal(predictor(pixels, threshold=0.3), predictor(pixels))
-    assert_equal(make(object_mask_threshold=middle)(pixels), predictor(pixels, threshold=middle))
+    assert_same_pictures(predictor(pixels, threshold=0.3), predictor(pixels))
+    assert_same_pictures(lively_predictor(object_mask_threshold=middle)(pixels), predictor(pixels, threshold=middle))
 
 
 def test_instance_threshold(predictor: Predictor) -> None:
@@ -256,19 +239,20 @@ def test_instance_threshold(predictor: Predictor) -> None:
     some = predictor(pixels, "instance", threshold=middle).scores
     np.testing.assert_array_equal(some, all_scores[all_scores >= middle])
     assert 0 < len(some) < len(all_scores)
-    own = make(score_threshold=middle)
+    own = lively_predictor(score_threshold=middle)
     np.testing.assert_array_equal(own(pixels, "instance").scores, some)
     np.testing.assert_array_equal(own(pixels, "instance", threshold=0.0).scores, all_scores)
 
 
 def test_top_k() -> None:
     everything = tuple(c._replace(is_thing=True) for c in categories())
-    assert len(make(categories=everything, top_k=3)(picture(), "instance").labels) == 3
-    assert len(make(categories=everything, top_k=1000)(picture(), "instance").labels) == 8 * K
+    assert len(lively_predictor(categories=everything, top_k=3)(picture(), "instance").labels) == 3
+    assert len(lively_predictor(categories=everything, top_k=1000)(picture(), "instance").labels) == 8 * K
 
 
 def test_overlap_threshold() -> None:
-    loose, strict = make(overlap_threshold=0.0)(picture()), make(overlap_threshold=1.0)(picture())
+    loose = lively_predictor(overlap_threshold=0.0)(picture())
+    strict = lively_predictor(overlap_threshold=1.0)(picture())
     assert len(strict.segments) < len(loose.segments)
 
 
@@ -283,7 +267,7 @@ def test_refused_calls(predictor: Predictor) -> None:
 
 
 def test_tasks_of_the_model() -> None:
-    predictor = make(tasks=("semantic", "panoptic"))
+    predictor = lively_predictor(tasks=("semantic", "panoptic"))
     assert isinstance(predictor(picture()), SemanticPicture)
     with pytest.raises(ValueError, match="task must be one of semantic, panoptic, got 'instance'"):
         predictor(picture(), "instance")
@@ -292,7 +276,7 @@ def test_tasks_of_the_model() -> None:
 @pytest.mark.parametrize("count", [0, K - 1, K + 1])
 def test_number_of_categories(count: int) -> None:
     with pytest.raises(ValueError, match=f"each of the model's 4 classes, got {count}"):
-        make(categories=categories(count))
+        lively_predictor(categories=categories(count))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +284,7 @@ def test_number_of_categories(count: int) -> None:
 )
 def test_settings_are_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        make(**bad)
+        lively_predictor(**bad)
 
 
 def test_model_is_in_evaluation_mode(predictor: Predictor) -> None:
@@ -322,7 +306,7 @@ def test_from_file(tmp_path: Path, predictor: Predictor) -> None:
     loaded = Predictor.from_file(path)
     assert loaded.settings == settings
     assert loaded.categories == categories()
-    assert_equal(loaded(picture()), predictor(picture()))
+    assert_same_pictures(loaded(picture()), predictor(picture()))
     changed = Predictor.from_file(path, top_k=7, tasks=("instance",))
     assert changed.settings.top_k == 7
     assert len(changed(picture()).labels) <= 7
@@ -353,7 +337,7 @@ def test_threads_share_a_predictor(predictor: Predictor) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda job: predictor(*job), jobs * 3))
     for result, other in zip(results, expected * 3, strict=True):
-        assert_equal(result, other)
+        assert_same_pictures(result, other)
 
 
 def test_results_are_frozen(predictor: Predictor) -> None:
@@ -390,7 +374,7 @@ def test_draw_on_grey_and_a_wrong_size(predictor: Predictor) -> None:
 def test_draw_paints_the_right_categories() -> None:
     pytest.importorskip("cv2")
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-    predictor = make(categories=[Category(i, "x", i < 2, c) for i, c in enumerate(colors)])
+    predictor = lively_predictor(categories=[Category(i, "x", i < 2, c) for i, c in enumerate(colors)])
     labels = np.zeros((60, 60), np.int32)
     labels[:, 30:] = 2
     grey = np.full((60, 60, 3), 100, np.uint8)
@@ -398,3 +382,9 @@ def test_draw_paints_the_right_categories() -> None:
     left, right = drawn[5, 5].astype(int), drawn[5, 55].astype(int)
     assert left[0] > left[2] + 60
     assert right[2] > right[0] + 60
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device must be one that can be used here, got {device}: "):
+        lively_predictor(device=device)

@@ -13,31 +13,15 @@ from PIL import Image
 from mask2former import predictor as predictor_module
 from mask2former.checkpoint import ModelDescription, save_model_file
 from mask2former.predictor import InstancePicture, PanopticPicture, PictureResult, Predictor
-from tests.tiny import architecture, categories, lively_model, picture
+from tests.tiny import architecture, assert_same_pictures, categories, lively_model, lively_predictor, picture
 
 TASKS = ("panoptic", "instance", "semantic")
 HALF = (torch.bfloat16, torch.float16)
 
 
-def make(**changes: Any) -> Predictor:
-    values: dict[str, Any] = {"shortest": 64, "longest": 160, "object_mask_threshold": 0.3, "overlap_threshold": 0.2}
-    return Predictor(lively_model(), **{"categories": categories(), **values, **changes})
-
-
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    return make()
-
-
-def assert_same(a: PictureResult, b: PictureResult) -> None:
-    """The same bits."""
-    assert type(a) is type(b)
-    for name, value in vars(a).items():
-        other = getattr(b, name)
-        if isinstance(value, np.ndarray):
-            np.testing.assert_array_equal(value, other)
-        else:
-            assert value == other, name
+    return lively_predictor()
 
 
 def pixels_of(result: PictureResult) -> np.ndarray:
@@ -104,12 +88,12 @@ def test_batch_equals_single_calls(predictor: Predictor, monkeypatch: pytest.Mon
 
 
 def test_pictures_on_one_canvas_but_of_different_sizes_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = make(shortest=0)
+    predictor = lively_predictor(shortest=0)
     pictures = [picture(64, 60), picture(64, 64)]  # both are padded to (64, 64)
     expected = [predictor(pixels) for pixels in pictures]
     spy = Spy(predictor, monkeypatch)
     for result, other in zip(predictor.batch(pictures), expected, strict=True):
-        assert_same(result, other)
+        assert_same_pictures(result, other)
     assert spy.batches == [(1, 3, 64, 64)] * 2
 
 
@@ -142,22 +126,22 @@ def test_batch_takes_all_forms(predictor: Predictor, tmp_path: Path) -> None:
     forms = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), pixels]
     expected = predictor.batch([pixels] * 4, "semantic")
     for result, other in zip(predictor.batch(forms, "semantic"), expected, strict=True):
-        assert_same(result, other)
+        assert_same_pictures(result, other)
     for result, other in zip(predictor.batch(np.stack([pixels] * 4), "semantic"), expected, strict=True):
-        assert_same(result, other)
+        assert_same_pictures(result, other)
     assert predictor.batch([]) == []
 
 
 def test_batch_of_a_bgr_model() -> None:
     pixels = picture()
-    swapped = make(image_format="BGR").batch([pixels[..., ::-1]] * 2)
-    assert_same(swapped[1], make().batch([pixels] * 2)[1])
+    swapped = lively_predictor(image_format="BGR").batch([pixels[..., ::-1]] * 2)
+    assert_same_pictures(swapped[1], lively_predictor().batch([pixels] * 2)[1])
 
 
 def test_batch_takes_task_and_threshold(predictor: Predictor) -> None:
     pixels = picture()
     (found,) = predictor.batch([pixels], "instance", threshold=0.4)
-    assert_same(found, predictor(pixels, "instance", threshold=0.4))
+    assert_same_pictures(found, predictor(pixels, "instance", threshold=0.4))
     assert len(found.scores) < len(predictor(pixels, "instance").scores)
 
 
@@ -192,11 +176,11 @@ def test_all_tasks_run_the_model_once(predictor: Predictor, monkeypatch: pytest.
     assert len(spy.batches) == 1
     assert tuple(found) == TASKS
     for task in TASKS:
-        assert_same(found[task], expected[task])
+        assert_same_pictures(found[task], expected[task])
 
 
 def test_all_tasks_are_those_of_the_model() -> None:
-    assert tuple(make(tasks=("semantic", "panoptic")).all_tasks(picture())) == ("semantic", "panoptic")
+    assert tuple(lively_predictor(tasks=("semantic", "panoptic")).all_tasks(picture())) == ("semantic", "panoptic")
 
 
 # ---- types and modes
@@ -207,7 +191,7 @@ def test_all_tasks_are_those_of_the_model() -> None:
 def test_half_types_are_close(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, task: Any
 ) -> None:
-    half = make(dtype=dtype, score_threshold=0.45)
+    half = lively_predictor(dtype=dtype, score_threshold=0.45)
     spy = Spy(half, monkeypatch)
     threshold = 0.45 if task == "instance" else None
     expected = predictor(picture(), task, threshold=threshold)
@@ -223,19 +207,19 @@ def test_half_types_from_a_file(tmp_path: Path) -> None:
     save_model_file(tmp_path / "m.safetensors", lively_model(), description)
     loaded = Predictor.from_file(tmp_path / "m.safetensors", dtype=torch.bfloat16, shortest=64, longest=160)
     assert loaded.dtype is torch.bfloat16
-    assert_same(loaded(picture(), "semantic"), make(dtype=torch.bfloat16)(picture(), "semantic"))
+    assert_same_pictures(loaded(picture(), "semantic"), lively_predictor(dtype=torch.bfloat16)(picture(), "semantic"))
     assert Predictor.from_file(tmp_path / "m.safetensors").dtype is torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float64, torch.int8, None])
 def test_other_types_are_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, torch\.bfloat16, torch\.float16, got "):
-        make(dtype=dtype)
+        lively_predictor(dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_callers_modes_do_not_matter(dtype: torch.dtype) -> None:
-    predictor, pixels = make(dtype=dtype), picture()
+    predictor, pixels = lively_predictor(dtype=dtype), picture()
     expected = predictor.all_tasks(pixels)
     with torch.autocast("cpu", torch.float16), torch.enable_grad():
         found = predictor.all_tasks(pixels)
@@ -246,14 +230,14 @@ def test_the_callers_modes_do_not_matter(dtype: torch.dtype) -> None:
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
     for task in TASKS:
-        assert_same(found[task], expected[task])
-        assert_same(single[task], expected[task])
-    assert_same(several, expected["panoptic"])
+        assert_same_pictures(found[task], expected[task])
+        assert_same_pictures(single[task], expected[task])
+    assert_same_pictures(several, expected["panoptic"])
 
 
 def test_a_model_can_be_trained_after_a_prediction(predictor: Predictor) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        model = make(dtype=dtype).model
+        model = lively_predictor(dtype=dtype).model
         loss = model.predict(model.batch_images([torch.zeros(3, 64, 64)]))[-1].mask_logits.square().mean()
         loss.backward()
         assert any(parameter.grad is not None for parameter in model.parameters())
@@ -264,7 +248,7 @@ def test_a_model_can_be_trained_after_a_prediction(predictor: Predictor) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_share_one_predictor(dtype: torch.dtype) -> None:
-    predictor = make(dtype=dtype)
+    predictor = lively_predictor(dtype=dtype)
     before = {name: tensor.clone() for name, tensor in predictor.model.state_dict().items()}
     attributes = dict(vars(predictor))
     pictures = [picture(40 + 9 * i, 60, seed=i) for i in range(3)]
@@ -277,11 +261,11 @@ def test_threads_share_one_predictor(dtype: torch.dtype) -> None:
             for place in range(2):
                 pixels, results = pictures[(number + place) % 3], expected[(number + place) % 3]
                 for task, result in zip(TASKS, results, strict=True):
-                    assert_same(predictor(pixels, task), result)
+                    assert_same_pictures(predictor(pixels, task), result)
                 for found, result in zip(predictor.all_tasks(pixels).values(), results, strict=True):
-                    assert_same(found, result)
+                    assert_same_pictures(found, result)
             for found, result in zip(predictor.batch(pictures[:1] * 3), together, strict=True):
-                assert_same(found, result)
+                assert_same_pictures(found, result)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
@@ -307,7 +291,7 @@ def test_the_first_layers_alone(number: int | None, tmp_path: Path) -> None:
 
 def test_layers_that_there_are_not_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_test_layers must be in \[0, 3\] or None, got 4"):
-        make(num_test_layers=4)
+        lively_predictor(num_test_layers=4)
     model = lively_model()
     model.sem_seg_head.predictor = torch.nn.Identity()
     with pytest.raises(ValueError, match="num_test_layers must be None with Identity, got 1"):

@@ -13,7 +13,7 @@ from mask2former.build import Architecture, build_model
 from mask2former.data.catalog import Category
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.structures import MaskTarget
-from mask2former.predictor import PanopticPicture, Predictor
+from mask2former.predictor import PanopticPicture, PictureResult, Predictor
 from tests.golden import fill_weights
 
 K = 4
@@ -115,6 +115,24 @@ def assert_equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def lively_model() -> Mask2Former:
     """Random weights with which `picture` has several segments, of more than one class and different scores."""
     return copy.deepcopy(_lively_model())
+
+
+def lively_predictor(**changes: Any) -> Predictor:
+    """A predictor with `lively_model`; changes are its arguments."""
+    values: dict[str, Any] = {"shortest": 64, "longest": 160, "object_mask_threshold": 0.3, "overlap_threshold": 0.2}
+    return Predictor(lively_model(), **{"categories": categories(), **values, **changes})
+
+
+def assert_same_pictures(a: PictureResult, b: PictureResult) -> None:
+    """Same kind, types and bits."""
+    assert type(a) is type(b)
+    for name, value in vars(a).items():
+        other = getattr(b, name)
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(value, other)
+            assert value.dtype == other.dtype, name
+        else:
+            assert value == other, name
 
 
 @cache

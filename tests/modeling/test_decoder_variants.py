@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mask2former.modeling.structures import MaskPrediction, PixelFeatures
-from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder, decoder_layers
+from mask2former.modeling.transformer_decoders import decoder_layers
 from mask2former.modeling.transformer_decoders import masked_attention as module
 from tests.golden import fill_weights
+from tests.modeling.small_decoder import SIZES, small_decoder
 
-SIZES = ((2, 3), (4, 6), (8, 12))
 NO_QUERIES: dict[str, Any] = {"learnable_queries": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"cross_attention": "plain"},
@@ -30,22 +30,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _decoder(**changes: Any) -> MaskedAttentionDecoder:
-    arguments = {
-        "in_channels": 16,
-        "num_classes": 5,
-        "hidden_dim": 16,
-        "num_queries": 7,
-        "num_heads": 4,
-        "dim_feedforward": 24,
-        "num_layers": 4,
-        "mask_dim": 12,
-    }
-    decoder = MaskedAttentionDecoder(**{**arguments, **changes})
-    fill_weights(decoder)
-    return decoder
-
-
 def _features(batch: int = 2, seed: int = 0) -> PixelFeatures:
     torch.manual_seed(seed)
     levels = [torch.randn(batch, 16, h, w, requires_grad=True) for h, w in SIZES]
@@ -59,7 +43,7 @@ def _assert_same(found: MaskPrediction, expected: MaskPrediction) -> None:
 @pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient(name: str, pre_norm: bool) -> None:
-    decoder = _decoder(pre_norm=pre_norm, enforce_input_projection=True, **VARIANTS[name]).train()
+    decoder = small_decoder(pre_norm=pre_norm, enforce_input_projection=True, **VARIANTS[name]).train()
     features = _features()
     predictions = decoder(features)
     assert len(predictions) == 4 + decoder.learnable_queries
@@ -80,7 +64,7 @@ def test_every_parameter_gets_a_gradient(name: str, pre_norm: bool) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_an_image_does_not_depend_on_the_others_of_its_batch(name: str) -> None:
-    decoder, (mask_features, levels) = _decoder(**VARIANTS[name]).eval(), _features(batch=3)
+    decoder, (mask_features, levels) = small_decoder(**VARIANTS[name]).eval(), _features(batch=3)
     together = decoder(PixelFeatures(mask_features, levels))[-1]
     alone = decoder(PixelFeatures(mask_features[2:], [x[2:] for x in levels]))[-1]
     _assert_same(alone, MaskPrediction(*(x[2:] for x in together)))
@@ -88,7 +72,7 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_half_precision_is_finite(name: str) -> None:
-    decoder = _decoder(**VARIANTS[name])
+    decoder = small_decoder(**VARIANTS[name])
     with torch.autocast("cpu", dtype=torch.float16):
         predictions = decoder.train()(_features())
     sum(x.float().sum() for p in predictions for x in p).backward()
@@ -97,16 +81,16 @@ def test_half_precision_is_finite(name: str) -> None:
 
 
 def test_the_default_has_no_other_names_than_the_published_ones() -> None:
-    parts = {name.split(".")[0] for name in _decoder().state_dict()}
+    parts = {name.split(".")[0] for name in small_decoder().state_dict()}
     layers = {f"transformer_{kind}_layers" for kind in ("self_attention", "cross_attention", "ffn")}
     assert parts == {*layers, "decoder_norm", "query_feat", "query_embed", "level_embed", "class_embed", "mask_embed"}
     for name in ("self first", "dropout", "plain", "all"):
-        assert _decoder(**VARIANTS[name]).state_dict().keys() == _decoder().state_dict().keys()
+        assert small_decoder(**VARIANTS[name]).state_dict().keys() == small_decoder().state_dict().keys()
 
 
 class TestCrossAttention:
     def test_plain_attention_never_makes_a_mask(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        masked, plain, features = _decoder(), _decoder(cross_attention="plain").eval(), _features()
+        masked, plain, features = small_decoder(), small_decoder(cross_attention="plain").eval(), _features()
         expected = plain(features)[-1]
         monkeypatch.setattr(module, "_blocked_positions", lambda *_: None)  # nothing is blocked
         _assert_same(masked(features, all_layers=False)[-1], expected)
@@ -192,7 +176,7 @@ class TestCrossAttention:
         torch.testing.assert_close(decoder_layers.masked_mean(values, None)[0, 0], values[0].mean(0))
 
     def test_the_mask_that_is_pooled_is_that_of_the_prediction_before(self) -> None:
-        decoder, features = _decoder(cross_attention="mask_pooling", num_layers=1), _features(batch=1)
+        decoder, features = small_decoder(cross_attention="mask_pooling", num_layers=1), _features(batch=1)
         pooled: list[Tensor] = []
         layer = decoder.transformer_cross_attention_layers[0]
         layer.pooled_proj.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
@@ -209,7 +193,7 @@ class TestCrossAttention:
             torch.testing.assert_close(pooled[0][0, q], expected, rtol=1e-4, atol=1e-5)
 
     def test_an_empty_mask_pools_everything(self) -> None:
-        decoder, features = _decoder(cross_attention="mask_pooling", num_layers=1), _features(batch=1)
+        decoder, features = small_decoder(cross_attention="mask_pooling", num_layers=1), _features(batch=1)
         with torch.no_grad():
             decoder.mask_embed.layers[-1].weight.zero_()
             decoder.mask_embed.layers[-1].bias.copy_(torch.tensor([-5.0] + [0.0] * 11))
@@ -227,7 +211,7 @@ class TestFeatureScales:
     @pytest.mark.parametrize("cross_attention", module.CROSS_ATTENTIONS)
     def test_a_single_scale_is_all_that_is_read(self, level: int, cross_attention: str) -> None:
         scales = f"stride_{32 >> level}"
-        decoder, features = _decoder(feature_scales=scales, cross_attention=cross_attention).eval(), _features()
+        decoder, features = small_decoder(feature_scales=scales, cross_attention=cross_attention).eval(), _features()
         before = decoder(features)[-1]
         others = [x if i == level else torch.randn(2, 16, 5, 7) for i, x in enumerate(features.levels)]
         torch.testing.assert_close(decoder(features._replace(levels=others))[-1], before, rtol=0, atol=0)
@@ -236,7 +220,7 @@ class TestFeatureScales:
         assert decoder.level_embed.weight.shape == (1, 16)
 
     def test_naive_multi_scale_reads_everything_in_each_layer(self) -> None:
-        decoder = _decoder(feature_scales="all")
+        decoder = small_decoder(feature_scales="all")
         lengths: list[int] = []
         for layer in decoder.transformer_cross_attention_layers:
             layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[1].shape[1]))
@@ -245,7 +229,7 @@ class TestFeatureScales:
 
     def test_naive_multi_scale_equals_attention_over_the_concatenation(self) -> None:
         """One layer, its masked attention written as sums over all cells of all levels."""
-        decoder, features = _decoder(feature_scales="all", num_layers=1, num_heads=1), _features(batch=1)
+        decoder, features = small_decoder(feature_scales="all", num_layers=1, num_heads=1), _features(batch=1)
         attention = decoder.transformer_cross_attention_layers[0].multihead_attn
         found: list[Tensor] = []
         attention.register_forward_hook(lambda *a: found.append(a[2]))
@@ -276,7 +260,7 @@ class TestFeatureScales:
             torch.testing.assert_close(found[0][0, query], expected, rtol=1e-3, atol=1e-4)
 
     def test_smca_has_a_grid_of_its_own_on_each_level(self) -> None:
-        decoder = _decoder(feature_scales="all", cross_attention="smca")
+        decoder = small_decoder(feature_scales="all", cross_attention="smca")
         cells = decoder._memory((0, 1, 2), _features()).places
         expected = torch.cat([decoder_layers.cell_centres(h, w) for h, w in SIZES])
         torch.testing.assert_close(cells, expected)
@@ -284,8 +268,8 @@ class TestFeatureScales:
 
 class TestQueries:
     def test_zero_queries_are_zero_and_no_parameter(self) -> None:
-        decoder, features = _decoder(learnable_queries=False), _features()
-        assert decoder.state_dict().keys() == _decoder().state_dict().keys() - {"query_feat.weight"}
+        decoder, features = small_decoder(learnable_queries=False), _features()
+        assert decoder.state_dict().keys() == small_decoder().state_dict().keys() - {"query_feat.weight"}
         started: list[Tensor] = []
         decoder.transformer_cross_attention_layers[0].register_forward_pre_hook(lambda _, x: started.append(x[0]))
         decoder(features)
@@ -294,24 +278,24 @@ class TestQueries:
 
     @pytest.mark.parametrize("cross_attention", ["masked", "mask_pooling"])
     def test_nothing_is_predicted_or_masked_before_the_first_layer(self, cross_attention: str) -> None:
-        decoder, features = _decoder(learnable_queries=False, cross_attention=cross_attention), _features()
+        decoder, features = small_decoder(learnable_queries=False, cross_attention=cross_attention), _features()
         blocked: list[Tensor | None] = []
         for layer in decoder.transformer_cross_attention_layers:
             layer.register_forward_pre_hook(lambda _, inputs: blocked.append(inputs[4]))
         predictions = decoder(features, all_layers=True)
         assert [x is None for x in blocked] == [True, False, False, False]
         assert len(predictions) == 4
-        assert len(_decoder()(features, all_layers=True)) == 5
+        assert len(small_decoder()(features, all_layers=True)) == 5
 
     def test_weights_with_learned_queries_are_reported(self) -> None:
         with pytest.raises(RuntimeError, match="query_feat"):
-            _decoder(learnable_queries=False).load_state_dict(_decoder().state_dict())
+            small_decoder(learnable_queries=False).load_state_dict(small_decoder().state_dict())
 
 
 class TestOrderAndDropout:
     @pytest.mark.parametrize("self_attention_first", [False, True])
     def test_order_of_attention(self, self_attention_first: bool) -> None:
-        decoder = _decoder(self_attention_first=self_attention_first, num_layers=2)
+        decoder = small_decoder(self_attention_first=self_attention_first, num_layers=2)
         order: list[str] = []
         for kind in ("self_attention", "cross_attention", "ffn"):
             for layer in getattr(decoder, f"transformer_{kind}_layers"):
@@ -322,7 +306,7 @@ class TestOrderAndDropout:
 
     def test_self_attention_first_uses_the_mask_of_the_last_prediction(self) -> None:
         """The mask is that of the queries as they were before the layer."""
-        decoder, features = _decoder(self_attention_first=True, num_layers=1), _features(batch=1)
+        decoder, features = small_decoder(self_attention_first=True, num_layers=1), _features(batch=1)
         blocked: list[Tensor] = []
         decoder.transformer_cross_attention_layers[0].register_forward_pre_hook(lambda _, x: blocked.append(x[4]))
         first = decoder(features, all_layers=True)[0]
@@ -334,7 +318,7 @@ class TestOrderAndDropout:
 
     def test_dropout_acts_in_training_only_and_not_by_default(self) -> None:
         features = _features()
-        plain, dropping = _decoder(), _decoder(dropout=0.5)
+        plain, dropping = small_decoder(), small_decoder(dropout=0.5)
         _assert_same(dropping.eval()(features)[-1], plain.eval()(features)[-1])
         torch.manual_seed(1)
         state = torch.get_rng_state()
@@ -344,7 +328,7 @@ class TestOrderAndDropout:
         assert not torch.equal(dropping.train()(features)[-1].class_logits, dropping(features)[-1].class_logits)
 
     def test_dropout_reaches_each_step_of_each_layer(self) -> None:
-        decoder = _decoder(dropout=0.25)
+        decoder = small_decoder(dropout=0.25)
         steps = [m.p for m in decoder.modules() if isinstance(m, torch.nn.Dropout)]
         attentions = [m.dropout for m in decoder.modules() if isinstance(m, decoder_layers.Attention)]
         assert steps == [0.25] * 12
@@ -355,10 +339,10 @@ class TestLayersInTests:
     @pytest.mark.parametrize("name", ["round_robin", *VARIANTS])
     def test_n_layers_give_the_nth_auxiliary_prediction(self, name: str) -> None:
         variant, features = VARIANTS.get(name, {}), _features()
-        whole = _decoder(**variant).eval()(features, all_layers=True)
+        whole = small_decoder(**variant).eval()(features, all_layers=True)
         least = 0 if len(whole) == 5 else 1
         for number in range(least, 5):
-            decoder = _decoder(num_test_layers=number, **variant).eval()
+            decoder = small_decoder(num_test_layers=number, **variant).eval()
             expected = whole[number - least]
             (found,) = decoder(features)
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -366,7 +350,7 @@ class TestLayersInTests:
             assert len(decoder(features, all_layers=True)) == number + 1 - least
 
     def test_other_layers_are_not_run_and_training_is_as_before(self) -> None:
-        decoder, features = _decoder(num_test_layers=2), _features()
+        decoder, features = small_decoder(num_test_layers=2), _features()
         calls: list[int] = []
         for index, layer in enumerate(decoder.transformer_ffn_layers):
             layer.register_forward_hook(lambda *_, index=index: calls.append(index))
@@ -377,15 +361,15 @@ class TestLayersInTests:
     def test_levels_that_no_layer_reads_are_not_needed(self) -> None:
         features = _features()
         with pytest.raises(IndexError):
-            _decoder(num_test_layers=3).eval()(features._replace(levels=features.levels[:2]))
-        _decoder(num_test_layers=2).eval()(features._replace(levels=features.levels[:2]))
+            small_decoder(num_test_layers=3).eval()(features._replace(levels=features.levels[:2]))
+        small_decoder(num_test_layers=2).eval()(features._replace(levels=features.levels[:2]))
 
     @pytest.mark.parametrize(("number", "learnable", "least"), [(-1, True, 0), (5, True, 0), (0, False, 1)])
     def test_numbers_of_layers_out_of_range(self, number: int, learnable: bool, least: int) -> None:
         message = rf"num_test_layers must be in \[{least}, 4\] or None, got {number}"
         with pytest.raises(ValueError, match=message):
-            _decoder(num_test_layers=number, learnable_queries=learnable)
-        decoder = _decoder(learnable_queries=learnable)
+            small_decoder(num_test_layers=number, learnable_queries=learnable)
+        decoder = small_decoder(learnable_queries=learnable)
         with pytest.raises(ValueError, match=message):
             decoder.num_test_layers = number
         assert decoder.num_test_layers is None
@@ -402,4 +386,4 @@ class TestLayersInTests:
 )
 def test_unknown_variants_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _decoder(**wrong)
+        small_decoder(**wrong)

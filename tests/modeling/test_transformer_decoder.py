@@ -1,6 +1,5 @@
 """The masked-attention decoder: attention masks, outputs, variants and names of the first releases."""
 
-from typing import Any
 
 import pytest
 import torch
@@ -10,25 +9,7 @@ from torch import Tensor
 from mask2former.modeling.structures import PixelFeatures
 from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder
 from mask2former.modeling.transformer_decoders import masked_attention as module
-from tests.golden import fill_weights
-
-SIZES = ((2, 3), (4, 6), (8, 12))
-
-
-def _decoder(**changes: Any) -> MaskedAttentionDecoder:
-    arguments = {
-        "in_channels": 16,
-        "num_classes": 5,
-        "hidden_dim": 16,
-        "num_queries": 7,
-        "num_heads": 4,
-        "dim_feedforward": 24,
-        "num_layers": 4,
-        "mask_dim": 12,
-    }
-    decoder = MaskedAttentionDecoder(**{**arguments, **changes})
-    fill_weights(decoder)
-    return decoder
+from tests.modeling.small_decoder import SIZES, small_decoder
 
 
 def _features(channels: int = 16, mask_dim: int = 12, batch: int = 2) -> PixelFeatures:
@@ -77,7 +58,7 @@ def test_resized_features_block_as_resized_masks_do() -> None:
 
 
 def test_empty_masks_give_no_nan() -> None:
-    decoder, features = _decoder(), _features()
+    decoder, features = small_decoder(), _features()
     with torch.no_grad():
         decoder.mask_embed.layers[-1].weight.zero_()
         decoder.mask_embed.layers[-1].bias.copy_(torch.tensor([-5.0] + [0.0] * 11))
@@ -90,7 +71,7 @@ def test_empty_masks_give_no_nan() -> None:
 
 
 def test_a_query_reads_only_the_foreground_of_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, features = _decoder(num_layers=1), _features(batch=1)
+    decoder, features = small_decoder(num_layers=1), _features(batch=1)
     kept: list[Tensor] = []
     original = module._blocked_positions
     monkeypatch.setattr(module, "_blocked_positions", lambda *a: kept.append(original(*a)) or kept[-1])
@@ -111,7 +92,7 @@ def test_a_query_reads_only_the_foreground_of_its_mask(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("num_layers", [1, 4])
 def test_all_layers_changes_the_list_but_not_the_last_prediction(num_layers: int) -> None:
-    decoder, features = _decoder(num_layers=num_layers), _features()
+    decoder, features = small_decoder(num_layers=num_layers), _features()
     all_predictions, last = decoder(features, all_layers=True), decoder(features, all_layers=False)
     assert len(all_predictions) == num_layers + 1
     assert len(last) == 1
@@ -126,7 +107,7 @@ def test_all_layers_changes_the_list_but_not_the_last_prediction(num_layers: int
 @pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_query_features_are_those_that_the_last_prediction_is_made_from(pre_norm: bool, training: bool) -> None:
-    decoder, features = _decoder(pre_norm=pre_norm).train(training), _features()
+    decoder, features = small_decoder(pre_norm=pre_norm).train(training), _features()
     prediction, queries = decoder.predict_with_queries(features)
     assert queries.shape == (2, 7, 16)
     torch.testing.assert_close(prediction, decoder(features)[-1], rtol=0, atol=0)
@@ -136,7 +117,7 @@ def test_query_features_are_those_that_the_last_prediction_is_made_from(pre_norm
 
 
 def test_first_prediction_comes_from_the_learned_queries_alone() -> None:
-    decoder, features = _decoder(), _features()
+    decoder, features = small_decoder(), _features()
     first = decoder(features, all_layers=True)[0]
     normed = decoder.decoder_norm(decoder.query_feat.weight)
     torch.testing.assert_close(first.class_logits[1], decoder.class_embed(normed))
@@ -145,7 +126,7 @@ def test_first_prediction_comes_from_the_learned_queries_alone() -> None:
 
 
 def test_layers_read_the_levels_round_and_round() -> None:
-    decoder, features = _decoder(num_layers=5), _features()
+    decoder, features = small_decoder(num_layers=5), _features()
     lengths: list[int] = []
     for layer in decoder.transformer_cross_attention_layers:
         layer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[1].shape[1]))
@@ -154,7 +135,7 @@ def test_layers_read_the_levels_round_and_round() -> None:
 
 
 def test_no_gradient_through_the_attention_mask() -> None:
-    decoder, features = _decoder(num_layers=1), _features()
+    decoder, features = small_decoder(num_layers=1), _features()
     decoder(features)[-1].class_logits.sum().backward()
     assert features.mask_features.grad is None or not features.mask_features.grad.any()
     assert all(p.grad is None for p in decoder.mask_embed.parameters())
@@ -162,7 +143,7 @@ def test_no_gradient_through_the_attention_mask() -> None:
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_every_parameter_gets_a_gradient(pre_norm: bool) -> None:
-    decoder, features = _decoder(pre_norm=pre_norm, enforce_input_projection=True), _features()
+    decoder, features = small_decoder(pre_norm=pre_norm, enforce_input_projection=True), _features()
     predictions = decoder(features, all_layers=True)
     sum((x * torch.randn_like(x)).sum() for p in predictions for x in p).backward()
     assert [n for n, p in decoder.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -171,7 +152,7 @@ def test_every_parameter_gets_a_gradient(pre_norm: bool) -> None:
 
 def test_pre_norm_differs_and_leaves_the_residual_stream_unnormed() -> None:
     features = _features()
-    post, pre = _decoder(), _decoder(pre_norm=True)
+    post, pre = small_decoder(), small_decoder(pre_norm=True)
     assert set(post.state_dict()) == set(pre.state_dict())
     assert not torch.allclose(post(features)[-1].class_logits, pre(features)[-1].class_logits)
     ffn_outputs: list[Tensor] = []
@@ -184,7 +165,7 @@ def test_pre_norm_differs_and_leaves_the_residual_stream_unnormed() -> None:
 
 
 def test_one_query_and_one_class() -> None:
-    prediction = _decoder(num_queries=1, num_classes=1)(_features())[-1]
+    prediction = small_decoder(num_queries=1, num_classes=1)(_features())[-1]
     assert prediction.class_logits.shape == (2, 1, 2)
     assert prediction.mask_logits.shape == (2, 1, 16, 24)
     assert prediction.mask_logits.isfinite().all()
@@ -195,22 +176,22 @@ def test_input_projection_exists_only_when_needed() -> None:
         return {n for n in decoder.state_dict() if n.startswith("input_proj")}
 
     expected = {f"input_proj.{i}.{n}" for i in range(3) for n in ("weight", "bias")}
-    assert projections(_decoder()) == set()
-    assert projections(_decoder(enforce_input_projection=True)) == expected
-    other = _decoder(in_channels=10)  # hidden size 16
+    assert projections(small_decoder()) == set()
+    assert projections(small_decoder(enforce_input_projection=True)) == expected
+    other = small_decoder(in_channels=10)  # hidden size 16
     assert projections(other) == expected
     assert other(_features(channels=10))[-1].class_logits.shape == (2, 7, 6)
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch() -> None:
-    decoder, (mask_features, levels) = _decoder(), _features(batch=3)
+    decoder, (mask_features, levels) = small_decoder(), _features(batch=3)
     together = decoder(PixelFeatures(mask_features, levels))[-1]
     alone = decoder(PixelFeatures(mask_features[2:], [x[2:] for x in levels]))[-1]
     torch.testing.assert_close(alone.class_logits[0], together.class_logits[2], rtol=1e-4, atol=1e-4)
 
 
 def test_static_query_of_the_first_releases_is_renamed() -> None:
-    decoder, expected = _decoder(), _decoder().state_dict()
+    decoder, expected = small_decoder(), small_decoder().state_dict()
     old = {n.replace("query_feat", "static_query"): t.clone() for n, t in expected.items()}
     assert "static_query.weight" in old
     decoder.query_feat.weight.data.zero_()
@@ -221,7 +202,7 @@ def test_static_query_of_the_first_releases_is_renamed() -> None:
 
 
 def test_static_query_beside_query_feat_is_not_taken() -> None:
-    decoder, state = _decoder(), _decoder().state_dict()
+    decoder, state = small_decoder(), small_decoder().state_dict()
     state["static_query.weight"] = torch.zeros(7, 16)
     expected = state["query_feat.weight"].clone()
     with pytest.raises(RuntimeError, match="static_query"):
@@ -233,4 +214,4 @@ def test_static_query_beside_query_feat_is_not_taken() -> None:
 @pytest.mark.parametrize("name", ["num_classes", "num_queries", "num_layers"])
 def test_numbers_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        _decoder(**{name: 0})
+        small_decoder(**{name: 0})
