@@ -44,7 +44,7 @@ from benchmarks.plain_criterion import NewPoints, PlainCriterion
 from mask2former import solver, training
 from mask2former.build import Architecture, build_model, preset
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.modeling.structures import MaskPrediction, MaskTarget
+from mask2former.modeling.structures import MaskPrediction, MaskTarget, QueryPrediction
 from mask2former.ops import _extension
 from mask2former.weight_names import to_transformers
 
@@ -164,7 +164,7 @@ class Problem:
         model = build_model(self.layout)
         criterion = self._criterion(name, model)
         if self.part == "loss":
-            return self._loss_part(criterion)
+            return self._loss_part(name, criterion)
         if name == "transformers":
             return self._step_of_transformers(model)
         within: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -176,7 +176,7 @@ class Problem:
             _extension.reference_only,
         )
 
-    def _criterion(self, name: str, model: Mask2Former) -> Callable[[list[MaskPrediction]], Tensor]:
+    def _criterion(self, name: str, model: Mask2Former) -> Callable[[Any], Tensor]:
         """Predictions to the total loss."""
         own = model.criterion
         if name == "here":
@@ -198,7 +198,7 @@ class Problem:
 
         return loss
 
-    def _loss_part(self, criterion: Callable[[list[MaskPrediction]], Tensor]) -> LossPart:
+    def _loss_part(self, name: str, criterion: Callable[[Any], Tensor]) -> LossPart:
         """From random embeddings and smooth mask features."""
         decoder = self.layout["transformer_decoder"]
         B, Q, C = len(self.images), decoder["num_queries"], decoder.get("mask_dim", 256)
@@ -209,12 +209,9 @@ class Problem:
         embeddings = torch.randn(layers, B, Q, C).requires_grad_()
 
         def total_loss() -> Tensor:
-            return criterion(
-                [
-                    MaskPrediction(logits, torch.einsum("bqc,bchw->bqhw", embedding, features))
-                    for logits, embedding in zip(class_logits, embeddings, strict=True)
-                ]
-            )
+            layers = zip(class_logits, embeddings, strict=True)
+            predictions = [QueryPrediction(logits, embedding, features) for logits, embedding in layers]
+            return criterion(predictions if name == "here" else [p.with_masks for p in predictions])
 
         return LossPart([class_logits, embeddings, features], total_loss)
 
