@@ -17,19 +17,16 @@ between the decoder's embeddings of the queries and the losses, and back: mask l
 Points are random, so that losses are compared as means over some draws; the program fails if these differ by more than
 a hundredth.
 
-"MiB" is the highest resident memory in a process of its own that makes two steps, over what the process had before it
-built the model: weights, gradients and the optimizer's state are part of it.
+"MiB" is the most memory that tensors have at a time, counted by PyTorch's allocator in one more run: weights, gradients,
+the optimizer's state and all that a step makes. Images and targets are not counted.
 """
 
 import argparse
-import ctypes
-import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -99,7 +97,7 @@ class Step:
             model, optimizer="ADAMW", base_lr=1e-4, momentum=0.9, backbone_multiplier=0.1, **settings
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.total_loss, self.within = total_loss, within
+        self.model, self.total_loss, self.within = model, total_loss, within
 
     def run(self) -> None:
         """One step."""
@@ -111,6 +109,12 @@ class Step:
                 sys.exit(f"the loss is {loss.item()}")
             solver.clip_gradients(self.parameters, type="full_model", value=0.01, norm_type=2.0)
             self.optimizer.step()
+
+    def lasting_bytes(self) -> int:
+        """Weights, gradients and the optimizer's state."""
+        state = [x for entry in self.optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return bytes_of([*self.model.parameters(), *self.model.buffers(), *gradients, *state])
 
     def loss(self) -> float:
         """What is minimised, at new points."""
@@ -135,6 +139,10 @@ class LossPart:
         self.total_loss().backward()
         for leaf in self.leaves:
             leaf.grad = None
+
+    def lasting_bytes(self) -> int:
+        """The predictions."""
+        return bytes_of(self.leaves)
 
     def loss(self) -> float:
         """What is minimised, at new points."""
@@ -257,30 +265,21 @@ def transformers_model(layout: Architecture, model: Mask2Former) -> Any:
     return theirs
 
 
-def peak_bytes(problem: Problem, name: str) -> int:
-    """Highest memory of two steps over what there was before the model was built; in a process of its own."""
-    libc = ctypes.CDLL(None)
-    if name == "transformers":
-        import transformers  # noqa: F401 - its code is no part of the step
-    before = resident_bytes("VmRSS")
-    contestant = problem.contestant(name)
-    contestant.run()
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    contestant.run()
-    return resident_bytes("VmHWM") - before
+def peak_bytes(contestant: Contestant) -> int:
+    """Most bytes of tensors at a time: those that stay, and what the allocator handed out on top in one more run."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        contestant.run()
+    on_top = highest = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            on_top += event.nbytes()
+            highest = max(highest, on_top)
+    return contestant.lasting_bytes() + highest
 
 
-def resident_bytes(name: str) -> int:
-    """A line of this process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def peak_of_child(name: str) -> float:
-    """MiB, see `peak_bytes`."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 2**20
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Memory of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def compare_losses(contestants: dict[str, Contestant], draws: int) -> None:
@@ -317,8 +316,6 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--draws", type=int, default=3, help="of the comparison of losses; 0: none")
     arguments.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine in use")
-    arguments.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
-    arguments.add_argument("--child", choices=NAMES, help=argparse.SUPPRESS)
     return arguments
 
 
@@ -327,10 +324,6 @@ def main() -> None:
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
     problem = Problem(args)
-    if args.child:
-        print(peak_bytes(problem, args.child))
-        return
-    memory = {} if args.no_memory else {name: peak_of_child(name) for name in args.only}
     contestants = {name: problem.contestant(name) for name in args.only}
     print(
         f"{platform.machine()}, {args.threads} threads, PyTorch {torch.__version__}; {args.model}, {args.part}, "
@@ -340,12 +333,13 @@ def main() -> None:
         compare_losses(contestants, args.draws)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     found = timed(contestants, args.repeats, clock)
+    memory = {name: peak_bytes(contestant) / 2**20 for name, contestant in contestants.items()}
     first = next(iter(found))
     print(f"\n| contestant | ms ({args.clock}) | times {first} | MiB | part of it that {first} takes |")
     print("|---|---|---|---|---|")
     for name, ms in found.items():
-        mib = f"{memory[name]:.0f} | {memory[first] / memory[name]:.0%}" if memory else "|"
-        print(f"| {name} | {ms:.1f} | {ms / found[first]:.2f} | {mib} |")
+        share = memory[first] / memory[name]
+        print(f"| {name} | {ms:.1f} | {ms / found[first]:.2f} | {memory[name]:.0f} | {share:.0%} |")
 
 
 if __name__ == "__main__":

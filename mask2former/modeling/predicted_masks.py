@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mask2former.modeling.layers import at_least_float32
 from mask2former.modeling.point_sampling import sample_logits
 from mask2former.modeling.structures import MaskPrediction, QueryPrediction
+from mask2former.ops import ms_deform_attn
 
 
 class Pairs(NamedTuple):
@@ -117,11 +119,15 @@ class _Queries(PredictedMasks):
         self._features = predictions[0].mask_features  # (B, C, h, w)
 
     def at_points(self, points: Tensor, layers: int) -> Iterator[Tensor]:
-        features = sample_logits(self._features.detach(), points)  # (B, C, P)
+        # as deformable attention with one head and one sample: it reads all channels of a cell side by side
+        value = self._features.detach().flatten(2).transpose(1, 2).unsqueeze(2)  # (B, h * w, 1, C)
+        where = points.to(torch.promote_types(value.dtype, points.dtype))[:, :, None, None, None]  # (B, P, 1, 1, 1, 2)
+        height, width = self._features.shape[2:]
+        features = at_least_float32(ms_deform_attn(value, [(height, width)], where, torch.ones_like(where[..., 0])))
         embeddings = self._embeddings.detach().to(features.dtype)
         for chunk in embeddings.split(layers):
             with torch.autocast(points.device.type, enabled=False):
-                logits = chunk @ features  # (layers, B, Q, P)
+                logits = chunk @ features.transpose(1, 2)  # (layers, B, Q, P)
             yield logits
 
     def of_image(self, layer: int, image: int) -> Tensor:

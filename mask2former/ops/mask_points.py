@@ -65,7 +65,8 @@ def mask_loss_sums(
         sigmoid(x) t, of sigmoid(x) and of t.
     """
     if _use_kernel(mask_logits):
-        return torch.ops.mask2former.mask_loss_sums(mask_logits, points, list(masks), list(counts), index, list(canvas))
+        entry = torch.ops.mask2former.mask_loss_sums
+        return entry(mask_logits, points, list(masks), list(counts), index, list(canvas))[0]
     return mask_loss_sums_reference(mask_logits, points, masks, counts=counts, index=index, canvas=canvas)
 
 
@@ -163,25 +164,29 @@ def _register() -> None:
     def uncertain_shape(mask_logits: Tensor, candidates: Tensor, count: int) -> Tensor:
         return candidates.new_empty((candidates.shape[0], count, 2))
 
-    def sums_shape(mask_logits: Tensor, points: Tensor, *others: Any) -> Tensor:
-        return mask_logits.new_empty((mask_logits.shape[0], 4))
+    def sums_shape(mask_logits: Tensor, points: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        T, P = points.shape[:2]
+        return mask_logits.new_empty((T, 4)), mask_logits.new_empty((T, P)), mask_logits.new_empty((T, P))
 
-    def sums_backward_shape(grad_sums: Tensor, mask_logits: Tensor, *others: Any) -> Tensor:
-        return mask_logits.new_empty(mask_logits.shape)
+    def sums_backward_shape(
+        grad_sums: Tensor, probability: Tensor, target: Tensor, points: Tensor, size: list[int]
+    ) -> Tensor:
+        return points.new_empty((points.shape[0], *size))
 
     def sigmoid_shape(logits: Tensor) -> tuple[Tensor, Tensor]:
         return logits.new_empty(logits.shape), logits.new_empty(logits.shape[:-1])
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        mask_logits, points, masks, ctx.counts, index, ctx.canvas = inputs
-        ctx.save_for_backward(mask_logits, points, index, *masks)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        mask_logits, points, masks, *_ = inputs
+        ctx.size, ctx.images = list(mask_logits.shape[1:]), len(masks)
+        ctx.save_for_backward(*output[1:], points)
+        ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, grad_sums: Tensor) -> tuple[Any, ...]:
-        mask_logits, points, index, *masks = ctx.saved_tensors
-        gradient = torch.ops.mask2former.mask_loss_sums_backward(
-            grad_sums, mask_logits, points, masks, ctx.counts, index, ctx.canvas
-        )
-        return gradient, None, [None] * len(masks), None, None, None
+    def differentiate(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        gradient = None
+        if grad_sums is not None:
+            gradient = torch.ops.mask2former.mask_loss_sums_backward(grad_sums, *ctx.saved_tensors, ctx.size)
+        return gradient, None, [None] * ctx.images, None, None, None
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(

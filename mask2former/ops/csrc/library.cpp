@@ -85,10 +85,10 @@ TORCH_LIBRARY(mask2former, m) {
   m.def("uncertain_points(Tensor mask_logits, Tensor candidates, SymInt count) -> Tensor");
   m.def(
       "mask_loss_sums(Tensor mask_logits, Tensor points, Tensor[] masks, SymInt[] counts, Tensor index, SymInt[] canvas) "
-      "-> Tensor");
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "mask_loss_sums_backward(Tensor grad_sums, Tensor mask_logits, Tensor points, Tensor[] masks, SymInt[] "
-      "counts, Tensor index, SymInt[] canvas) -> Tensor");
+      "mask_loss_sums_backward(Tensor grad_sums, Tensor probability, Tensor target, Tensor points, SymInt[] size) "
+      "-> Tensor");
   m.def("sigmoid_and_softplus_sum(Tensor logits) -> (Tensor, Tensor)");
 }
 

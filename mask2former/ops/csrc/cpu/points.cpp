@@ -126,33 +126,43 @@ at::Tensor uncertain_points_cpu(const at::Tensor& mask_logits, const at::Tensor&
   return output;
 }
 
-at::Tensor mask_loss_sums_cpu(const at::Tensor& mask_logits, const at::Tensor& points, at::TensorList masks,
-                              at::IntArrayRef counts, const at::Tensor& index, at::IntArrayRef canvas) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> mask_loss_sums_cpu(const at::Tensor& mask_logits,
+                                                                  const at::Tensor& points, at::TensorList masks,
+                                                                  at::IntArrayRef counts, const at::Tensor& index,
+                                                                  at::IntArrayRef canvas) {
   const Rows rows(mask_logits, points, masks, counts, index, canvas);
+  const int64_t number = points.size(1);
   at::Tensor sums = at::empty({rows.size(), cpu::kPointSums}, mask_logits.options());
+  at::Tensor probability = at::empty({rows.size(), number}, mask_logits.options());
+  at::Tensor target = at::empty_like(probability);
   const PointKernels kernels = choose_kernels();
-  float* output = sums.data_ptr<float>();
-  for_rows(rows.size(), kernels.map_floats(rows.height(), rows.width()), [&](int64_t t, float* scratch) {
-    kernels.loss_sums(rows[t], output + t * cpu::kPointSums, scratch);
+  float *output = sums.data_ptr<float>(), *p = probability.data_ptr<float>(), *t = target.data_ptr<float>();
+  for_rows(rows.size(), kernels.map_floats(rows.height(), rows.width()), [&](int64_t row, float* scratch) {
+    kernels.loss_sums(rows[row], output + row * cpu::kPointSums, p + row * number, t + row * number, scratch);
   });
-  return sums;
+  return {sums, probability, target};
 }
 
-at::Tensor mask_loss_sums_backward_cpu(const at::Tensor& grad_sums, const at::Tensor& mask_logits,
-                                       const at::Tensor& points, at::TensorList masks, at::IntArrayRef counts,
-                                       const at::Tensor& index, at::IntArrayRef canvas) {
-  const Rows rows(mask_logits, points, masks, counts, index, canvas);
-  TORCH_CHECK_VALUE(grad_sums.sizes() == at::IntArrayRef({rows.size(), cpu::kPointSums}) &&
-                        grad_sums.scalar_type() == at::kFloat,
-                    "grad_sums must be like the sums, got ", grad_sums.sizes(), " ", grad_sums.scalar_type());
-  const at::Tensor gradients = grad_sums.contiguous();
-  at::Tensor grad_logits = at::empty(mask_logits.sizes(), mask_logits.options());
+at::Tensor mask_loss_sums_backward_cpu(const at::Tensor& grad_sums, const at::Tensor& probability_,
+                                       const at::Tensor& target_, const at::Tensor& points_, at::IntArrayRef size) {
+  TORCH_CHECK_VALUE(points_.dim() == 3 && points_.size(2) == 2 && size.size() == 2,
+                    "points must be (T, P, 2) and size (h, w), got ", points_.sizes(), " and ", size);
+  const int64_t rows = points_.size(0), count = points_.size(1), height = size[0], width = size[1];
+  TORCH_CHECK_VALUE(grad_sums.sizes() == at::IntArrayRef({rows, cpu::kPointSums}) &&
+                        probability_.sizes() == at::IntArrayRef({rows, count}) &&
+                        target_.sizes() == probability_.sizes(),
+                    "grad_sums (T, 4), probability and target (T, P) must agree with points ", points_.sizes(),
+                    ", got ", grad_sums.sizes(), ", ", probability_.sizes(), " and ", target_.sizes());
+  const at::Tensor gradients = grad_sums.contiguous(), probability = probability_.contiguous();
+  const at::Tensor target = target_.contiguous(), points = points_.contiguous();
+  at::Tensor grad_logits = at::empty({rows, height, width}, points.options());
   const PointKernels kernels = choose_kernels();
-  const float* gradient = gradients.const_data_ptr<float>();
+  const float *gradient = gradients.const_data_ptr<float>(), *p = probability.const_data_ptr<float>();
+  const float *t = target.const_data_ptr<float>(), *where = points.const_data_ptr<float>();
   float* output = grad_logits.data_ptr<float>();
-  const int64_t cells = rows.height() * rows.width();
-  for_rows(rows.size(), 2 * kernels.map_floats(rows.height(), rows.width()), [&](int64_t t, float* scratch) {
-    kernels.loss_gradient(rows[t], gradient + t * cpu::kPointSums, output + t * cells, scratch);
+  for_rows(rows, kernels.map_floats(height, width), [&](int64_t row, float* scratch) {
+    kernels.loss_gradient(gradient + row * cpu::kPointSums, p + row * count, t + row * count, where + 2 * row * count,
+                          count, height, width, output + row * height * width, scratch);
   });
   return grad_logits;
 }

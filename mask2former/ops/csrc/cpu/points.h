@@ -25,9 +25,11 @@ struct PointKernels {
   // The `kept` (at least one) of `count` candidates where the map is closest to zero, in their order.
   void (*uncertain)(const float* map, int64_t height, int64_t width, const float* candidates, int64_t count,
                     int64_t kept, float* output, float* scratch);
-  void (*loss_sums)(const PointRow& row, float* sums, float* scratch);
-  // From the gradient of the sums that of the logits, which is written whole.
-  void (*loss_gradient)(const PointRow& row, const float* gradient, float* grad_logits, float* scratch);
+  // `probability` and `target` are those of each point.
+  void (*loss_sums)(const PointRow& row, float* sums, float* probability, float* target, float* scratch);
+  // From the gradient of the sums that of the logits (height, width), which is written whole.
+  void (*loss_gradient)(const float* gradient, const float* probability, const float* target, const float* points,
+                        int64_t count, int64_t height, int64_t width, float* grad_logits, float* scratch);
   // sigmoid(x), and the sum of softplus(x).
   float (*sigmoid)(const float* x, int64_t count, float* probability);
 };

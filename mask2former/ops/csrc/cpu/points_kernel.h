@@ -143,7 +143,7 @@ float sigmoid(const float* x, int64_t count, float* probability) {
   return static_cast<float>(sum);
 }
 
-void loss_sums(const PointRow& row, float* sums, float* scratch) {
+void loss_sums(const PointRow& row, float* sums, float* probability, float* target, float* scratch) {
   Block b;
   pad_map(row.logits, row.height, row.width, scratch);
   double totals[kPointSums] = {};
@@ -159,12 +159,15 @@ void loss_sums(const PointRow& row, float* sums, float* scratch) {
     for (int64_t k = 0; k < end; k += kLanes) {
       const Vec<float> x = load(b.logit + k), t = load(b.target + k);
       const Vec<float> p = sigmoid_of(x, factor);
+      store(b.logit + k, p);
       product *= factor;
       entropy += (x < 0.0f ? Vec<float>{} : x) - x * t;
       both += p * t;
       predicted += p;
       wanted += t;
     }
+    std::memcpy(probability + first, b.logit, size * sizeof(float));
+    std::memcpy(target + first, b.target, size * sizeof(float));
     const double filled = static_cast<double>(end - size);
     totals[0] += sum_lanes<float>(entropy) + log_of_lanes(product) - filled * kLog2;
     totals[1] += sum_lanes<float>(both);
@@ -174,43 +177,33 @@ void loss_sums(const PointRow& row, float* sums, float* scratch) {
   for (int i = 0; i < kPointSums; ++i) sums[i] = static_cast<float>(totals[i]);
 }
 
-void loss_gradient(const PointRow& row, const float* gradient, float* grad_logits, float* scratch) {
+void loss_gradient(const float* gradient, const float* probability, const float* target, const float* points,
+                   int64_t count, int64_t height, int64_t width, float* grad_logits, float* scratch) {
   Block b;
-  const int64_t stride = row.width + 2;
-  float* spread = scratch + map_floats(row.height, row.width);
-  pad_map(row.logits, row.height, row.width, scratch);
-  std::memset(spread, 0, map_floats(row.height, row.width) * sizeof(float));
-  int32_t cells[kBlock];
-  for (int64_t first = 0; first < row.count; first += kBlock) {
-    const int64_t size = row.count - first < kBlock ? row.count - first : kBlock;
-    const float* points = row.points + 2 * first;
-    locate(points, size, row.height, row.width, b);
-    read_logits(scratch, size, row.width, b);
-    std::memcpy(cells, b.cell, size * sizeof(int32_t));
-    read_targets(row, points, size, b);
-    const int64_t end = fill_block(b.logit, size);
-    fill_block(b.target, size);
-    Vec<float> factor;
-    for (int64_t k = 0; k < end; k += kLanes) {
-      const Vec<float> t = load(b.target + k), p = sigmoid_of(load(b.logit + k), factor);
-      store(b.logit + k, (p - t) * gradient[0] + (t * gradient[1] + gradient[2]) * p * (1.0f - p));
-    }
+  const int64_t stride = width + 2;
+  const float of_entropy = gradient[0], of_both = gradient[1], of_predicted = gradient[2];
+  std::memset(scratch, 0, map_floats(height, width) * sizeof(float));
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t size = count - first < kBlock ? count - first : kBlock;
+    locate(points + 2 * first, size, height, width, b);
 #pragma GCC ivdep
     for (int64_t k = 0; k < size; ++k) {
-      const float lower = b.logit[k] * b.fy[k], upper = b.logit[k] - lower;
+      const float p = probability[first + k], t = target[first + k];
+      const float slope = (p - t) * of_entropy + (t * of_both + of_predicted) * p * (1 - p);
+      const float lower = slope * b.fy[k], upper = slope - lower;
       b.value[1][k] = upper * b.fx[k], b.value[0][k] = upper - b.value[1][k];
       b.value[3][k] = lower * b.fx[k], b.value[2][k] = lower - b.value[3][k];
     }
     for (int64_t k = 0; k < size; ++k) {
-      float* cell = spread + cells[k];
+      float* cell = scratch + b.cell[k];
       cell[0] += b.value[0][k];
       cell[1] += b.value[1][k];
       cell[stride] += b.value[2][k];
       cell[stride + 1] += b.value[3][k];
     }
   }
-  for (int64_t i = 0; i < row.height; ++i)
-    std::memcpy(grad_logits + i * row.width, spread + (i + 1) * stride + 1, row.width * sizeof(float));
+  for (int64_t i = 0; i < height; ++i)
+    std::memcpy(grad_logits + i * width, scratch + (i + 1) * stride + 1, width * sizeof(float));
 }
 
 // ---- the most uncertain candidates
