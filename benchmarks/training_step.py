@@ -17,8 +17,8 @@ between the decoder's embeddings of the queries and the losses, and back: mask l
 Points are random, so that losses are compared as means over some draws; the program fails if these differ by more than
 a hundredth.
 
-"MiB" is the most memory that tensors have at a time, counted by PyTorch's allocator in one more run: weights, gradients,
-the optimizer's state and all that a step makes. Images and targets are not counted.
+"MiB" is the most memory that tensors have at a time, counted by PyTorch's allocator in one more run: weights,
+gradients, the optimizer's state and all that a step makes. Images and targets are not counted.
 """
 
 import argparse
