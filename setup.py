@@ -280,6 +280,7 @@ setup(
         "dev": requirements("requirements-dev.txt"),
         "export": requirements("requirements-export.txt"),
         "large": requirements("requirements-large.txt"),
+        "timm": requirements("requirements-timm.txt"),
         "train": requirements("requirements-train.txt"),
     },
     zip_safe=False,
