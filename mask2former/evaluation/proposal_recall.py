@@ -1,4 +1,4 @@
-"""Class-agnostic average recall of region proposals, COCO's AR: how many objects some mask finds, whatever its class."""
+"""Class-agnostic average recall of region proposals, COCO's AR: how many objects they find."""
 
 from collections.abc import Sequence
 
