@@ -1,6 +1,7 @@
 """Small parts that several modules share."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 def at_least_float32(x: Tensor) -> Tensor:
     """Half types and whole numbers as float32, which sums over many points need; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast switched off; nothing on the meta device, which has none and for which PyTorch refuses the question."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class ConvNorm(nn.Conv2d):
