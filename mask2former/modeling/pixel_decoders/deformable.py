@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import Conv2d, ConvNorm, Linear, at_least_float32, fill_conv_xavier, make_norm
+from mask2former.modeling.layers import (
+    Conv2d,
+    ConvNorm,
+    Linear,
+    at_least_float32,
+    fill_conv_xavier,
+    make_norm,
+    without_autocast,
+)
 from mask2former.modeling.position_encoding import sine_position_encoding
 from mask2former.modeling.structures import PixelFeatures
 from mask2former.ops import ms_deform_attn_fused
@@ -112,8 +120,7 @@ class DeformablePixelDecoder(nn.Module):
         Returns:
             Mask features at ``common_stride`` and the three coarsest levels, lowest resolution first.
         """
-        device_type = next(iter(features.values())).device.type
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(next(iter(features.values())).device):
             maps = [
                 project(at_least_float32(features[name]))
                 for name, project in zip(self._encoder_inputs, self.input_proj, strict=True)
