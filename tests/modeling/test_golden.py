@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask2former.build import Architecture, build_model, preset
@@ -80,6 +81,7 @@ class _Run:
         with torch.no_grad():
             self.features: dict[str, Tensor] = model.backbone(model.batch_images(images))
             self.pixels: PixelFeatures = model.sem_seg_head.pixel_decoder(self.features)
+            self.predictor = model.sem_seg_head.predictor
             variants = [self._decode(model.sem_seg_head.predictor, b) for b in (0.0, self.TOSS_UP, -self.TOSS_UP)]
         self.predictions: list[MaskPrediction] = min(variants, key=self._distance)
 
@@ -131,6 +133,23 @@ def test_forward_nine_earlier_predictions(run: _Run) -> None:
     assert earlier.shape == run.expected["aux_logits"].shape
     for found, expected in zip(earlier, run.expected["aux_logits"], strict=True):
         _assert_logits_agree(found, expected)
+
+
+@torch.no_grad()
+def test_no_bit_of_an_attention_mask_flips(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with resized features against resized masks; the tokens of a layer are those of one level."""
+    used: list[Tensor] = []
+    block = masked_attention._blocked_positions
+    monkeypatch.setattr(masked_attention, "_blocked_positions", lambda *a: used.append(block(*a)) or used[-1])
+    predictions = run.predictor(run.pixels, all_layers=True)
+    assert len(used) == 9
+    for index, blocked in enumerate(used):
+        size = run.pixels.levels[index % 3].shape[-2:]
+        logits = F.interpolate(predictions[index].mask_logits, size, mode="bilinear", align_corners=False).flatten(2)
+        plain = (logits < 0) & ~(logits < 0).all(-1, keepdim=True)
+        is_clear = logits.abs() > _Run.TOSS_UP
+        assert is_clear.double().mean() > 0.999
+        assert torch.equal(blocked[is_clear], plain[is_clear])
 
 
 @pytest.mark.parametrize(("name", "height", "width"), [("h6w9", 6, 9), ("h12w16", 12, 16)])

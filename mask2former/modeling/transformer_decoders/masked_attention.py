@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import MLP, fill_conv_xavier
+from mask2former.modeling.layers import MLP, Conv2d, fill_conv_xavier
 from mask2former.modeling.position_encoding import sine_position_encoding
 from mask2former.modeling.structures import MaskPrediction, PixelFeatures, QueryPrediction
 from mask2former.modeling.transformer_decoders.decoder_layers import (
@@ -268,7 +268,7 @@ def _cross_attention(name: str, num_heads: int, shared: dict[str, Any]) -> nn.Mo
 
 
 def _projection(in_channels: int, out_channels: int) -> nn.Module:
-    projection = nn.Conv2d(in_channels, out_channels, 1)
+    projection = Conv2d(in_channels, out_channels, 1)
     fill_conv_xavier(projection)
     return projection
 
