@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.per_pixel import PixelCriterion
-from mask2former.modeling.structures import MaskPrediction, MaskTarget, PixelFeatures
+from mask2former.modeling.structures import MaskPrediction, MaskTarget, PackedTarget, PixelFeatures, unpacked
 
 ALL_LEVELS = "multi_scale_pixel_decoder"
 """The transformer decoder gets the levels of the pixel decoder as they are."""
@@ -168,7 +168,7 @@ class Mask2Former(nn.Module):
     def losses(
         self,
         images: Sequence[Tensor],
-        targets: Sequence[MaskTarget],
+        targets: Sequence[MaskTarget | PackedTarget],
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Weighted training losses of a batch; their sum is what is minimised.
@@ -179,7 +179,7 @@ class Mask2Former(nn.Module):
             generator: source of the random points.
         """
         batch = self.batch_images(images)
-        targets = [MaskTarget(t.labels.to(self.device), t.masks.to(self.device)) for t in targets]
+        wanted = [unpacked(target, self.device) for target in targets]
         predictions = self.predict(batch, all_layers=True)
         canvas = (batch.shape[2], batch.shape[3])
-        return self.criterion.weighted(self.criterion(predictions, targets, canvas, generator))
+        return self.criterion.weighted(self.criterion(predictions, wanted, canvas, generator))
