@@ -40,6 +40,8 @@ def patch_from_segmentation(segmentation: Any, height: int, width: int) -> Patch
     """
     if isinstance(segmentation, Mapping):
         return _patch_from_counts(_counts(segmentation, height, width), height)
+    if _is_list(segmentation):
+        return _patch_from_polygons(segmentation, height, width)
     return _cut_out(mask_from_segmentation(segmentation, height, width))
 
 
@@ -58,7 +60,7 @@ def mask_from_segmentation(segmentation: Any, height: int, width: int) -> NDArra
         return mask_from_rle(segmentation, height, width)
     if isinstance(segmentation, np.ndarray):
         return mask_from_bitmap(segmentation, height, width)
-    if isinstance(segmentation, Sequence) and not isinstance(segmentation, str | bytes):
+    if _is_list(segmentation):
         return mask_from_polygons(segmentation, height, width)
     raise ValueError(
         f"segmentation must be a list of polygons, an RLE dict or an array, got {type(segmentation).__name__}"
@@ -79,19 +81,12 @@ def mask_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
     Raises:
         ValueError: a polygon has an odd number of coordinates or one that is not finite.
     """
-    outlines = [np.asarray(polygon, dtype=np.float64) for polygon in polygons]
-    for outline in outlines:
-        if outline.ndim != 1 or outline.size % 2 or not np.isfinite(outline).all():
-            raise ValueError(
-                f"a polygon must be a flat list of an even number of finite coordinates, got shape {outline.shape}"
-            )
-    outlines = [outline for outline in outlines if outline.size >= 6]
-    if not outlines:
+    rle = _rle_of_polygons(polygons, height, width)
+    if rle is None:
         return np.zeros((height, width), dtype=np.bool_)
     from pycocotools import mask as coco_mask
 
-    parts = coco_mask.frPyObjects([outline.tolist() for outline in outlines], height, width)
-    return np.asarray(coco_mask.decode(coco_mask.merge(parts)), dtype=np.bool_)
+    return np.asarray(coco_mask.decode(rle), dtype=np.bool_)
 
 
 def mask_from_rle(rle: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:
@@ -121,6 +116,36 @@ def mask_from_bitmap(bitmap: NDArray[Any], height: int, width: int) -> NDArray[n
     if bitmap.shape != (height, width):
         raise ValueError(f"bitmap shape {bitmap.shape} differs from (height, width) {(height, width)}")
     return bitmap != 0
+
+
+def _is_list(segmentation: Any) -> bool:
+    return isinstance(segmentation, Sequence) and not isinstance(segmentation, str | bytes)
+
+
+def _rle_of_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> Any:
+    """The union of the polygons as pycocotools has it; None if they cover nothing."""
+    outlines = [np.asarray(polygon, dtype=np.float64) for polygon in polygons]
+    for outline in outlines:
+        if outline.ndim != 1 or outline.size % 2 or not np.isfinite(outline).all():
+            raise ValueError(
+                f"a polygon must be a flat list of an even number of finite coordinates, got shape {outline.shape}"
+            )
+    outlines = [outline for outline in outlines if outline.size >= 6]
+    if not outlines:
+        return None
+    from pycocotools import mask as coco_mask
+
+    return coco_mask.merge(coco_mask.frPyObjects([outline.tolist() for outline in outlines], height, width))
+
+
+def _patch_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> Patch:
+    rle = _rle_of_polygons(polygons, height, width)
+    if rle is None:
+        return Patch(0, 0, np.zeros((0, 0), dtype=np.bool_))
+    from pycocotools import mask as coco_mask
+
+    left, top, cols, rows = (int(edge) for edge in coco_mask.toBbox(rle))
+    return Patch(top, left, coco_mask.decode(rle)[top : top + rows, left : left + cols] != 0)
 
 
 def _counts(rle: Mapping[str, Any], height: int, width: int) -> NDArray[np.int64]:

@@ -223,6 +223,16 @@ def test_patches_hold_the_object_and_no_more(bitmap):
             assert patch.pixels[:, 0].any() and patch.pixels[:, -1].any()
 
 
+@given(st.lists(st.lists(st.floats(-3, 14), min_size=3, max_size=5).map(lambda xs: xs + xs[::-1]), max_size=3))
+def test_patches_of_polygons_are_their_masks(polygons):
+    """Of any polygons, also without area and over the edges."""
+    pytest.importorskip("pycocotools")
+    patch = patch_from_segmentation(polygons, 9, 11)
+    whole = np.zeros((9, 11), dtype=bool)
+    whole[patch.place] = patch.pixels
+    np.testing.assert_array_equal(whole, mask_from_polygons(polygons, 9, 11))
+
+
 def test_runs_of_length_0():
     expected = np.isin(np.arange(20), range(6, 11)).reshape(5, 4).T
     for counts in ([6, 5, 9], [0, 0, 6, 5, 9, 0], [6, 2, 0, 3, 9, 0, 0], [2, 0, 4, 5, 4, 0, 5]):
@@ -267,6 +277,7 @@ def test_objects_share_a_map_where_they_can():
 @given(hnp.arrays(np.bool_, (3, 5, 7)), st.data())
 def test_objects_in_a_view_are_gathered_pixel_by_pixel(masks, data):
     """Label maps of patches against a naive loop; objects that do not show lose their label too."""
+
     def ends():
         return data.draw(st.integers(1, 9))
 
