@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.per_pixel import PixelCriterion
-from mask2former.modeling.structures import MaskPrediction, MaskTarget, PixelFeatures, QueryPrediction
+from mask2former.modeling.structures import (
+    MaskPrediction,
+    MaskTarget,
+    PackedTarget,
+    PixelFeatures,
+    QueryPrediction,
+    unpacked,
+)
 
 ALL_LEVELS = "multi_scale_pixel_decoder"
 """The transformer decoder gets the levels of the pixel decoder as they are."""
@@ -198,7 +205,7 @@ class Mask2Former(nn.Module):
     def losses(
         self,
         images: Sequence[Tensor],
-        targets: Sequence[MaskTarget],
+        targets: Sequence[MaskTarget | PackedTarget],
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Weighted training losses of a batch; their sum is what is minimised.
@@ -209,7 +216,7 @@ class Mask2Former(nn.Module):
             generator: source of the random points.
         """
         batch = self.batch_images(images)
-        targets = [MaskTarget(*(part.to(self.device, non_blocking=True) for part in t)) for t in targets]
+        wanted = [unpacked(target, self.device) for target in targets]
         predictions = self.predict(batch, all_layers=True, with_masks=False)
         canvas = (batch.shape[2], batch.shape[3])
-        return self.criterion.weighted(self.criterion(predictions, targets, canvas, generator))
+        return self.criterion.weighted(self.criterion(predictions, wanted, canvas, generator))
