@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,8 @@ class _DeformableTransformer(nn.Module):
             tokens = layer(tokens, position, shapes)
         split = tokens.split([h * w for h, w in shapes], dim=1)
         return [
-            t.transpose(1, 2).unflatten(2, shape)  # (B, C, h, w)
+            # (B, C, h, w); in this order its strides say "channels last" also where there is one image alone
+            t.unflatten(1, shape).permute(0, 3, 1, 2)
             for t, shape in zip(split, shapes, strict=True)
         ]
 
@@ -199,10 +201,13 @@ class _EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        attended = self.self_attn(tokens + position, tokens, shapes)
-        tokens = self.norm1(tokens + self.dropout(attended))
+        tokens = self.norm1(self._add(tokens, self.self_attn, tokens + position, tokens, shapes))
         hidden = self.dropout(self.linear1(tokens))  # the largest tensor of the encoder; its ReLU is in place
-        return self.norm2(tokens + self.dropout(self.linear2(hidden)))
+        return self.norm2(self._add(tokens, self.linear2, hidden))
+
+    def _add(self, tokens: Tensor, module: nn.Module, *inputs: Any) -> Tensor:
+        """Tokens plus what a module makes of its inputs, part of which is dropped in training."""
+        return tokens + self.dropout(module(*inputs)) if self.training else module(*inputs, residual=tokens)
 
 
 class MSDeformAttn(nn.Module):
@@ -232,13 +237,16 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(_initial_offsets(num_heads, num_levels, num_points).flatten())
 
-    def forward(self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], residual: Tensor | None = None
+    ) -> Tensor:
         """Attend from every cell of every level.
 
         Args:
             query: (B, S, C), a query a cell.
             value: (B, S, C).
             shapes: (h, w) of each level.
+            residual: (B, S, C), added to the result.
 
         Returns:
             (B, S, C).
@@ -248,7 +256,7 @@ class MSDeformAttn(nn.Module):
         values = self.value_proj(value).view(B, S, M, -1)
         offsets_px = self.sampling_offsets(query).view(B, S, M, L, P, 2)
         logits = self.attention_weights(query).view(B, S, M, L, P)
-        return self.output_proj(ms_deform_attn_fused(values, shapes, offsets_px, logits))
+        return self.output_proj(ms_deform_attn_fused(values, shapes, offsets_px, logits), residual)
 
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
