@@ -314,6 +314,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="contestants")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--keep-memory", action="store_true", help="malloc keeps what is freed, as in train_net.py")
     arguments.add_argument("--draws", type=int, default=3, help="of the comparison of losses; 0: none")
     arguments.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine in use")
     return arguments
@@ -323,11 +324,14 @@ def main() -> None:
     """Print the table."""
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
+    if args.keep_memory and not training.keep_freed_memory():
+        sys.exit("--keep-memory needs glibc, without settings of malloc in the environment")
     problem = Problem(args)
     contestants = {name: problem.contestant(name) for name in args.only}
+    kept = ", freed memory kept" if args.keep_memory else ""
     print(
         f"{platform.machine()}, {args.threads} threads, PyTorch {torch.__version__}; {args.model}, {args.part}, "
-        f"{args.batch} images of {args.size}x{args.size} with {args.objects} objects; {_extension.describe()}"
+        f"{args.batch} images of {args.size}x{args.size} with {args.objects} objects{kept}; {_extension.describe()}"
     )
     if args.draws:
         compare_losses(contestants, args.draws)
