@@ -1,12 +1,14 @@
 """Commands: ``python -m mask2former export`` writes a model file, ``convert`` renames weights, ``models`` lists and
 fetches the published models, ``data`` checks and prepares one's own data, ``tile`` segments a raster larger than
-memory, ``proposals`` shows what queries find before the decoder and after each layer.
+memory, ``proposals`` shows what queries find before the decoder and after each layer,
+``analyze`` counts and times the model of a config.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+from mask2former.analysis.command import add_analyze_command
 from mask2former.convert import add_convert_command
 from mask2former.export.command import add_export_command
 from mask2former.own_data.commands import add_data_commands
@@ -21,6 +23,7 @@ _COMMANDS = (
     add_models_command,
     add_tile_command,
     add_proposals_command,
+    add_analyze_command,
 )
 
 
