@@ -17,7 +17,7 @@ class AnalysedImage(NamedTuple):
     """An image, of which nothing may be known but its size.
 
     Attributes:
-        size: (height, width) as the model takes it, before padding.
+        size: (height, width) as the model takes it, before padding; at least 1.
         own_size: (height, width) in the file, that of results.
         record: of the data set; None: made up.
     """
@@ -37,17 +37,6 @@ class AnalysedImage(NamedTuple):
             return torch.randint(0, 256, (3, *self.size), dtype=torch.uint8, generator=generator)
         image_format = config.input_arguments(cfg)["image_format"]
         return TestImage(image_format=image_format, **config.test_resize_arguments(cfg))(self.record)[0]
-
-
-def image_of_size(size: tuple[int, int]) -> AnalysedImage:
-    """One made-up image that is not resized.
-
-    Raises:
-        ValueError: if a side is below 1.
-    """
-    if min(size) < 1:
-        raise ValueError(f"--size must be a height and a width of at least 1, got {size[0]} {size[1]}")
-    return AnalysedImage(size, size)
 
 
 def fixed_input_size(cfg: Any) -> tuple[int, int]:
@@ -73,13 +62,11 @@ def test_set_images(cfg: Any, count: int) -> tuple[str, list[AnalysedImage]]:
 
     Args:
         cfg: config.
-        count: how many at most.
+        count: how many at most, at least 1.
 
     Raises:
         ValueError: if there is no such data set, it has no image, or its files are missing or damaged.
     """
-    if count < 1:
-        raise ValueError(f"--num-inputs must be at least 1, got {count}")
     if not cfg.DATASETS.TEST:
         raise ValueError(f"DATASETS.TEST must name a data set to take images from, got none; {_WITHOUT_DATA}")
     name = cfg.DATASETS.TEST[0]
