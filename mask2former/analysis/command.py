@@ -96,12 +96,12 @@ def _analyse(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _images(args: argparse.Namespace, cfg: Any) -> tuple[str, "Sequence[AnalysedImage]"]:
-    from mask2former.analysis.images import AnalysedImage, fixed_input_size, test_set_images
+    from mask2former.analysis.images import AnalysedImage, fixed_input_size, images_of_test_set
 
     if args.size is not None or args.use_fixed_input_size:
         size = fixed_input_size(cfg) if args.size is None else (args.size[0], args.size[1])
         return "made up", [AnalysedImage(size, size)]
-    name, images = test_set_images(cfg, args.num_inputs)
+    name, images = images_of_test_set(cfg, args.num_inputs)
     return f"the first ones of {name}", images
 
 

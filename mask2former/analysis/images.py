@@ -51,13 +51,11 @@ def fixed_input_size(cfg: Any) -> tuple[int, int]:
     elif mapper["augmentation"]["crop_size"] is not None and mapper["augmentation"]["crop_type"] == "absolute":
         side = mapper["augmentation"]["crop_size"][0]
     else:
-        raise ValueError(
-            "--use-fixed-input-size needs a config with INPUT.CROP of TYPE 'absolute'; --size H W does not"
-        )
+        raise ValueError("--use-fixed-input-size needs crops of one size, INPUT.CROP.TYPE 'absolute'; use --size H W")
     return side, side
 
 
-def test_set_images(cfg: Any, count: int) -> tuple[str, list[AnalysedImage]]:
+def images_of_test_set(cfg: Any, count: int) -> tuple[str, list[AnalysedImage]]:
     """The name of the first data set of DATASETS.TEST, and its first images, with the size of a test.
 
     Args:

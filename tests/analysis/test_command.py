@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mask2former.__main__ import main
-from mask2former.analysis.images import fixed_input_size, test_set_images
+from mask2former.analysis.images import fixed_input_size, images_of_test_set
 from mask2former.analysis.operations import count_operations
 from mask2former.analysis.parts import PartSize, module_tree, part_sizes
 from mask2former.analysis.tasks import shape_model
@@ -17,8 +17,6 @@ from mask2former.engine.config import get_config
 from mask2former.modeling.layers import ConvNorm, FrozenBatchNorm2d
 from tests import tiny
 from tests.configs import CONFIGS
-
-test_set_images.__test__ = False  # type: ignore[attr-defined]  # the name is no test
 
 TINY = str(CONFIGS / "quick_schedules/coco_sample_panoptic_tiny.yaml")  # its images are in this repository
 R50 = str(CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml")
@@ -94,7 +92,7 @@ def test_the_text_has_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_images_are_the_first_of_the_test_set(capsys: pytest.CaptureFixture[str]) -> None:
     cfg = get_config(TINY)
-    name, images = test_set_images(cfg, 2)
+    name, images = images_of_test_set(cfg, 2)
     found = results(capsys, "--config-file", TINY, "--tasks", "flop", "-n", "2", "--all-layers")
     assert found["inputs"]["source"] == f"the first ones of {name}"
     assert found["inputs"]["images"] == len(images) == 2

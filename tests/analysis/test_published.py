@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mask2former.analysis.images import test_set_images
+from mask2former.analysis.images import images_of_test_set
 from mask2former.analysis.operations import count_operations
 from mask2former.analysis.parts import part_sizes
 from mask2former.analysis.tasks import analyse_operations, shape_model
 from mask2former.engine.config import get_config
 from tests.configs import ABLATIONS, CONFIGS, ROWS, name_of
-
-test_set_images.__test__ = False  # type: ignore[attr-defined]  # the name is no test
 
 PANOPTIC = CONFIGS / "coco/panoptic-segmentation"
 MODELS = {
@@ -43,7 +41,7 @@ def test_the_flops_of_the_paper(name: str, published: float) -> None:
     if not folder.is_dir():
         pytest.skip("needs images of COCO, coco_panoptic_mini in DETECTRON2_DATASETS")
     cfg = get_config(PANOPTIC / MODELS[name], ["DATASETS.TEST", "('coco_mini_val_panoptic_with_sem_seg',)"])
-    found = analyse_operations(shape_model(cfg), test_set_images(cfg, 100)[1], all_layers=True)["flop"]
+    found = analyse_operations(shape_model(cfg), images_of_test_set(cfg, 100)[1], all_layers=True)["flop"]
     assert found["mean"] / 1e9 == pytest.approx(published, rel=0.05)
 
 
