@@ -21,6 +21,7 @@ from mask2former.config_model import standard_decoder_arguments as standard_deco
 from mask2former.config_model import swin_arguments as swin_arguments
 from mask2former.config_model import transformer_decoder_arguments as transformer_decoder_arguments
 from mask2former.config_values import at_least, one_of, require
+from mask2former.modeling.precision import PRECISIONS
 
 _BACKBONE_STRIDE = 32  # of res5, in both backbones
 _FORMATS = ("RGB", "BGR")
@@ -44,6 +45,14 @@ def input_arguments(cfg: Any) -> dict[str, Any]:
         "size_divisibility": _BACKBONE_STRIDE if divisibility < 0 else divisibility,
         "image_format": one_of(cfg, "INPUT.FORMAT", _FORMATS),
     }
+
+
+def precision_arguments(cfg: Any) -> dict[str, Any]:
+    """MODEL.MASK_FORMER.PRECISION: the numerical mode of training and inference; None: as published."""
+    value = cfg.MODEL.MASK_FORMER.PRECISION
+    if value not in ("", *PRECISIONS):
+        raise ValueError(f"MODEL.MASK_FORMER.PRECISION must be one of {', '.join(PRECISIONS)} or empty, got {value!r}")
+    return {"precision": value or None}
 
 
 def inference_arguments(cfg: Any) -> dict[str, Any]:
@@ -191,11 +200,18 @@ def clip_arguments(cfg: Any) -> dict[str, Any]:
 
 
 def step_arguments(cfg: Any) -> dict[str, Any]:
-    """How one optimizer step is computed: batches that it sums up, and the autocast type (None: float32)."""
+    """How one optimizer step is computed.
+
+    Returns:
+        accumulation_steps: batches that it sums up. amp_dtype: the autocast type around the model, None for none.
+        precision: the mode that the model itself computes in, None for none; it takes the place of SOLVER.AMP.
+    """
     dtype = one_of(cfg, "SOLVER.AMP.DTYPE", ("float16", "bfloat16"))
+    precision = precision_arguments(cfg)["precision"]
     return {
         "accumulation_steps": at_least(cfg, "SOLVER.ACCUMULATION_STEPS", 1),
-        "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED else None,
+        "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED and precision is None else None,
+        "precision": precision,
     }
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.per_pixel import PixelCriterion
+from mask2former.modeling.pixel_decoders import DeformablePixelDecoder
+from mask2former.modeling.precision import Precision, check_precision, float32_products, forward_mode
 from mask2former.modeling.structures import MaskPrediction, MaskTarget, PixelFeatures
 
 ALL_LEVELS = "multi_scale_pixel_decoder"
@@ -78,6 +80,7 @@ class Mask2Former(nn.Module):
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         size_divisibility: int = 32,
+        precision: Precision | None = None,
     ) -> None:
         """Set up from built parts.
 
@@ -87,9 +90,10 @@ class Mask2Former(nn.Module):
             criterion: the training loss; a `PixelCriterion` if the head classifies pixels.
             pixel_mean, pixel_std: normalisation, in the channel order of the images and in 0..255.
             size_divisibility: batches are padded to a multiple of it.
+            precision: what to compute in, see `mask2former.modeling.precision`; None: as published.
 
         Raises:
-            ValueError: if ``size_divisibility`` is below 1.
+            ValueError: if ``size_divisibility`` is below 1, or ``precision`` is another word.
         """
         super().__init__()
         if size_divisibility < 1:
@@ -98,6 +102,7 @@ class Mask2Former(nn.Module):
         self.sem_seg_head = sem_seg_head
         self.criterion = criterion
         self.size_divisibility = size_divisibility
+        self.precision = precision
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -105,6 +110,23 @@ class Mask2Former(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.pixel_mean.device
+
+    @property
+    def precision(self) -> Precision | None:
+        """What `predict` and `losses` compute in, whatever the caller's autocast and settings; None: in those.
+
+        Raises:
+            ValueError: if it is set to another word than those of `mask2former.modeling.precision`.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        check_precision("precision", precision)
+        self._precision = precision
+        for module in self.modules():
+            if isinstance(module, DeformablePixelDecoder):
+                module.in_bfloat16 = precision == "fast"
 
     def batch_images(self, images: Sequence[Tensor]) -> Tensor:
         """Normalise images and pad them, bottom and right with zeros, to one size.
@@ -144,9 +166,14 @@ class Mask2Former(nn.Module):
             all_layers: predictions of all decoder layers; None: as the model is training or not.
 
         Returns:
-            Predictions, the last one final. Padding is not masked, as published.
+            Predictions, the last one final. Padding is not masked, as published. Float32 in evaluation mode if there is
+            a `precision`.
         """
-        return self.sem_seg_head(self.backbone(batch), all_layers)
+        with forward_mode(self.precision, batch.device.type):
+            predictions: list[MaskPrediction] = self.sem_seg_head(self.backbone(batch), all_layers)
+        if self.precision != "fast" or self.training:  # the criterion converts what it samples
+            return predictions
+        return [MaskPrediction(*(logits.float() for logits in prediction)) for prediction in predictions]
 
     def predict_with_queries(self, batch: Tensor) -> tuple[MaskPrediction, Tensor]:
         """The final prediction of `predict`, and embeddings of what the queries found.
@@ -163,7 +190,11 @@ class Mask2Former(nn.Module):
             AttributeError: if the transformer decoder is not this project's and has no ``predict_with_queries``.
         """
         head: Any = self.sem_seg_head
-        return head.predictor.predict_with_queries(head.pixel_features(self.backbone(batch)))
+        with forward_mode(self.precision, batch.device.type):
+            prediction, queries = head.predictor.predict_with_queries(head.pixel_features(self.backbone(batch)))
+        if self.precision == "fast":
+            prediction, queries = MaskPrediction(*(logits.float() for logits in prediction)), queries.float()
+        return prediction, queries
 
     def losses(
         self,
@@ -180,6 +211,7 @@ class Mask2Former(nn.Module):
         """
         batch = self.batch_images(images)
         targets = [MaskTarget(t.labels.to(self.device), t.masks.to(self.device)) for t in targets]
-        predictions = self.predict(batch, all_layers=True)
         canvas = (batch.shape[2], batch.shape[3])
-        return self.criterion.weighted(self.criterion(predictions, targets, canvas, generator))
+        with float32_products(self.precision):
+            predictions = self.predict(batch, all_layers=True)
+            return self.criterion.weighted(self.criterion(predictions, targets, canvas, generator))
