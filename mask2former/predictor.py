@@ -27,6 +27,7 @@ from mask2former.checkpoint import TASKS, PredictionSettings, Task, check_thresh
 from mask2former.data.augmentations import ResizeShortestEdge
 from mask2former.data.catalog import Category
 from mask2former.data.images import Picture, as_rgb
+from mask2former.devices import device_problem
 from mask2former.inference import predict_image_with_queries, predict_images
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
@@ -87,6 +88,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         precision: Precision | None = None,
+        compile: bool = False,
         num_test_layers: int | None = None,
         object_mask_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
@@ -108,6 +110,8 @@ class Predictor:
             precision: "strict", "tf32" or "fast", see `mask2former.modeling.precision`. It decides alone, ``dtype``
                 must be float32. None: as the model is set up, by default none of them. It is a setting of the model,
                 which others may share. docs/predictor.md has measured differences of all.
+            compile: the model with PyTorch's compiler, at the first picture, which takes minutes; later ones of any
+                size use what it made. It is a setting of the model, too.
             num_test_layers: so many layers of the masked decoder run, the first ones, which is faster and less
                 accurate; None: as the model is set up. It is a setting of the model, which others may share.
             tasks, shortest, longest, object_mask_threshold, overlap_threshold, top_k, score_threshold,
@@ -150,6 +154,8 @@ class Predictor:
             semantic_resize_first=semantic_resize_first,
         )
         self.model = model.to(device).eval()
+        if compile:
+            model.compile(dynamic=True)
         self._resize = ResizeShortestEdge(shortest=shortest, longest=longest)
 
     @classmethod
@@ -160,6 +166,7 @@ class Predictor:
         *,
         dtype: torch.dtype = torch.float32,
         precision: Precision | None = None,
+        compile: bool = False,
         num_test_layers: int | None = None,
         **overrides: Any,
     ) -> "Predictor":
@@ -167,7 +174,7 @@ class Predictor:
 
         Args:
             path: the file.
-            device, dtype, precision, num_test_layers: where, in what and how much to compute, see `Predictor`.
+            device, dtype, precision, compile, num_test_layers: where and how to compute, see `Predictor`.
             **overrides: of the file's `PredictionSettings`.
 
         Raises:
@@ -184,6 +191,7 @@ class Predictor:
             device=device,
             dtype=dtype,
             precision=precision,
+            compile=compile,
             num_test_layers=num_test_layers,
             **vars(settings),
         )
@@ -387,12 +395,3 @@ def _groups_of_one_size(pictures: Iterable[_Resized]) -> Iterator[list[_Resized]
         waiting.setdefault(tuple(picture.planes.shape), []).append(picture)
         room -= pixels
     yield from waiting.values()
-
-
-def device_problem(device: str | torch.device) -> str:
-    """Why nothing can be computed on a device here, in a line; empty if it can."""
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # which of them depends on how PyTorch was built
-        return str(error).splitlines()[0]
-    return ""

@@ -128,6 +128,16 @@ class Mask2Former(nn.Module):
             if isinstance(module, DeformablePixelDecoder):
                 module.in_bfloat16 = precision == "fast"
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile backbone and head, each as one graph; arguments as of `torch.compile`.
+
+        Not `forward`, as `torch.nn.Module.compile` does: `predict` is what is called, here and by engines, and a
+        `precision` is entered outside of the graphs. `torch.compile(model.predict)` is one graph where there is none.
+        `predict_with_queries` has the compiled backbone only.
+        """
+        for part in (self.backbone, self.sem_seg_head):
+            part.compile(*args, **kwargs)
+
     def batch_images(self, images: Sequence[Tensor]) -> Tensor:
         """Normalise images and pad them, bottom and right with zeros, to one size.
 
