@@ -10,7 +10,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 
 from mask2former.build import build_criterion
-from mask2former.config import criterion_arguments, inference_arguments, input_arguments
+from mask2former.config import criterion_arguments, inference_arguments, input_arguments, precision_arguments
 from mask2former.d2.data import PackedMasks, dataset_metadata, is_thing_of
 from mask2former.inference import ImageResult, image_result
 from mask2former.modeling.mask2former import Mask2Former
@@ -54,6 +54,7 @@ class MaskFormer(Mask2Former):
             "dataset_name": datasets[0] if datasets else "",
             "inference": inference_arguments(cfg),
             **input_arguments(cfg),
+            **precision_arguments(cfg),
         }
 
     @property

@@ -53,7 +53,9 @@ class TrainingStep:
         Raises:
             ValueError: if the batch cannot be shared out among processes and parts.
         """
-        self.accumulation_steps = config.step_arguments(cfg)["accumulation_steps"]
+        step = config.step_arguments(cfg)
+        self.accumulation_steps, self.precision = step["accumulation_steps"], step["precision"]
+        training.log_precision(self.precision)
         training.images_per_process(cfg.SOLVER.IMS_PER_BATCH, fabric.world_size, self.accumulation_steps)
         self.clip = config.clip_arguments(cfg)
         self.clips = self.clip.pop("enabled")
@@ -83,6 +85,7 @@ class TrainingStep:
             losses_of=lambda part: self.module([s.image for s in part], [s.target for s in part]),
             backward=self.fabric.backward,
             without_synchronisation=self._without_synchronisation,
+            precision=self.precision,
         )
         values, is_finite, stops = self._agreed(losses, stop)
         skips = self.skipped.skips(is_finite, iteration, values)
