@@ -108,7 +108,7 @@ def _images(args: argparse.Namespace, cfg: Any) -> tuple[str, "Sequence[Analysed
 def _device(name: str | None) -> str:
     import torch
 
-    from mask2former.predictor import device_problem
+    from mask2former.devices import device_problem
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"

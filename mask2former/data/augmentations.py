@@ -36,6 +36,11 @@ class Augmentation(Protocol):
         ...
 
 
+def whole_image(image: AnyImage, rng: np.random.Generator, labels: LabelSource | None = None) -> View:
+    """No augmentation: the image as it is."""
+    return View.of(image)
+
+
 class LargeScaleJitter:
     """Large-scale jittering (Ghiasi et al., "Simple Copy-Paste"): random flip, random scale, then a crop or
     padding to a fixed size.
