@@ -1,6 +1,7 @@
 """What a training step does in every engine: parts of a batch, losses that are not finite, memory."""
 
 import ctypes
+import logging
 import os
 import platform
 import resource
@@ -10,6 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from mask2former.modeling.precision import Precision, float32_products
+
+logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_STEPS = 10  # in a row, for a loss that is not finite
 
@@ -41,6 +46,7 @@ def accumulate_gradients(
     losses_of: Callable[[Sequence[Sample]], Mapping[str, Tensor]],
     backward: Callable[[Tensor], None],
     without_synchronisation: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    precision: Precision | None = None,
 ) -> dict[str, Tensor]:
     """The mean losses over equal parts of a batch, with their gradients added up in the parameters.
 
@@ -50,6 +56,7 @@ def accumulate_gradients(
         losses_of: the forward pass of a part.
         backward: of the part's share of the total loss.
         without_synchronisation: a context for all parts but the last, in which processes do not exchange gradients.
+        precision: the mode of the model, whose products the backward pass has, too.
 
     Returns:
         Losses by name, detached.
@@ -57,13 +64,19 @@ def accumulate_gradients(
     size = len(batch) // parts
     total: dict[str, Tensor] = {}
     for index in range(parts):
-        with without_synchronisation() if index < parts - 1 else nullcontext():
+        with without_synchronisation() if index < parts - 1 else nullcontext(), float32_products(precision):
             losses = losses_of(batch[index * size : (index + 1) * size])
             shares = {name: loss / parts for name, loss in losses.items()}
             backward(sum_of(shares))
         for name, loss in shares.items():
             total[name] = total[name] + loss.detach() if name in total else loss.detach()
     return total
+
+
+def log_precision(precision: Precision | None) -> None:
+    """Say which key decides, if there is a mode: published configs switch on SOLVER.AMP as well."""
+    if precision is not None:
+        logger.info("MODEL.MASK_FORMER.PRECISION is %s: it decides alone, SOLVER.AMP is not read", precision)
 
 
 def sum_of(losses: Mapping[str, Tensor]) -> Tensor:

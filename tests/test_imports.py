@@ -90,7 +90,8 @@ def _part_of(path: Path) -> str:
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYER_1 = {"modeling", "data", "evaluation", "solver"}
 ENGINES = {"d2", "engine"}
-LAYER_2 = ({p.stem for p in PACKAGE.glob("[a-z]*.py")} | {"analysis", "export", "own_data", "tiling"}) - LAYER_1
+LAYER_2 = {p.stem for p in PACKAGE.glob("[a-z]*.py")} - LAYER_1
+LAYER_2 |= {"analysis", "export", "own_data", "proposals", "tiling"}
 STARTS_AN_ENGINE = {PACKAGE / "analysis" / "command.py", PACKAGE / "export" / "sources.py"}
 
 # Parts of this package that each part may import besides itself. What is not named is layer 2 and may import the

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from mask2former.build import build_model
-from mask2former.config import architecture_arguments
+from mask2former.config import architecture_arguments, precision_arguments
 from mask2former.data.catalog import UnknownDatasetError
 from mask2former.engine.checkpoints import CheckpointFolder
 from mask2former.engine.config import ConfigError, get_config
@@ -157,7 +157,7 @@ def _evaluate_only(cfg: Any, *, resume: bool) -> Results | None:
     if rank() == 0:
         folder.check_writable()
     last = folder.last() if resume else None
-    model = build_model(architecture)
+    model = build_model(architecture, **precision_arguments(cfg))
     load_for_evaluation(model, str(last) if last else cfg.MODEL.WEIGHTS)
     return evaluate(cfg, model.to(fabric.device), with_tta=True)
 

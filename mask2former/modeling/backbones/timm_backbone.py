@@ -307,7 +307,7 @@ def _arguments(timm: Any, model_name: str, drop_path_rate: float) -> dict[str, A
         model = timm.create_model(model_name, num_classes=0)
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "prune_intermediate_layers"):
         raise ValueError(f"model_name (MODEL.TIMM.NAME) must be a timm model that gives its maps, got {model_name!r}")
-    wanted = {"dynamic_img_size": True, "strict_img_size": False}
+    wanted: dict[str, Any] = {"dynamic_img_size": True, "strict_img_size": False}
     if drop_path_rate:
         wanted["drop_path_rate"] = drop_path_rate
     known = inspect.signature(type(model).__init__).parameters
