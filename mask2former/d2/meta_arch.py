@@ -114,6 +114,7 @@ def as_detectron2(result: ImageResult, output_size: tuple[int, int]) -> dict[str
             scores=result.instances.scores,
             pred_masks=result.instances.masks,
             pred_boxes=Boxes(result.instances.boxes),
+            **({} if result.instances.queries is None else {"pred_queries": result.instances.queries}),
         )
     return results
 

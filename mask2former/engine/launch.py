@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _GRACE = 15.0
 
 # Errors that can be for the user, see `_is_for_users`.
-_TOLD = (ValueError, OSError, UnknownDatasetError, FloatingPointError)
+_TOLD = (ValueError, OSError, ModuleNotFoundError, UnknownDatasetError, FloatingPointError)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,14 +1,22 @@
 """Mask2Former: backbone, pixel decoder and transformer decoder (paper section 3)."""
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.per_pixel import PixelCriterion
-from mask2former.modeling.structures import MaskPrediction, MaskTarget, PackedTarget, PixelFeatures, unpacked
+from mask2former.modeling.structures import (
+    MaskPrediction,
+    MaskTarget,
+    PackedTarget,
+    PixelFeatures,
+    QueryPrediction,
+    unpacked,
+)
 
 ALL_LEVELS = "multi_scale_pixel_decoder"
 """The transformer decoder gets the levels of the pixel decoder as they are."""
@@ -35,9 +43,17 @@ class SegmentationHead(nn.Module):
         self.predictor = predictor
         self.in_feature = in_feature
 
-    def forward(self, features: dict[str, Tensor], all_layers: bool | None = None) -> list[MaskPrediction]:
-        """Backbone maps to predictions; ``all_layers`` as in the predictor."""
-        return self.predictor(self.pixel_features(features), all_layers)
+    def forward(
+        self, features: dict[str, Tensor], all_layers: bool | None = None, *, with_masks: bool = True
+    ) -> list[MaskPrediction] | list[QueryPrediction]:
+        """Backbone maps to predictions; ``all_layers`` and ``with_masks`` as in the predictor.
+
+        A predictor that does not know the latter makes masks.
+        """
+        pixels = self.pixel_features(features)
+        if with_masks or not can_leave_masks_out(self.predictor):
+            return self.predictor(pixels, all_layers)
+        return self.predictor(pixels, all_layers, with_masks=False)
 
     def pixel_features(self, features: dict[str, Tensor]) -> PixelFeatures:
         """Backbone maps to what the transformer decoder takes."""
@@ -61,6 +77,11 @@ class SegmentationHead(nn.Module):
                 if not name.startswith(prefix + "predictor."):
                     state_dict[decoder + name[len(prefix) :]] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def can_leave_masks_out(module: nn.Module) -> bool:
+    """Whether a head or a transformer decoder knows ``with_masks``; those of others need not."""
+    return "with_masks" in inspect.signature(module.forward).parameters
 
 
 class Mask2Former(nn.Module):
@@ -136,17 +157,33 @@ class Mask2Former(nn.Module):
         """The same as `predict`."""
         return self.predict(batch, all_layers)
 
-    def predict(self, batch: Tensor, all_layers: bool | None = None) -> list[MaskPrediction]:
+    @overload
+    def predict(
+        self, batch: Tensor, all_layers: bool | None = None, *, with_masks: Literal[True] = True
+    ) -> list[MaskPrediction]: ...
+
+    @overload
+    def predict(
+        self, batch: Tensor, all_layers: bool | None, *, with_masks: Literal[False]
+    ) -> list[MaskPrediction] | list[QueryPrediction]: ...
+
+    def predict(
+        self, batch: Tensor, all_layers: bool | None = None, *, with_masks: bool = True
+    ) -> list[MaskPrediction] | list[QueryPrediction]:
         """Predict from a padded, normalised batch.
 
         Args:
             batch: (B, 3, H, W), see `batch_images`.
             all_layers: predictions of all decoder layers; None: as the model is training or not.
+            with_masks: make the masks. The losses do not want them all; parts that cannot leave them out make them.
 
         Returns:
             Predictions, the last one final. Padding is not masked, as published.
         """
-        return self.sem_seg_head(self.backbone(batch), all_layers)
+        features = self.backbone(batch)
+        if with_masks or not can_leave_masks_out(self.sem_seg_head):
+            return self.sem_seg_head(features, all_layers)
+        return self.sem_seg_head(features, all_layers, with_masks=False)
 
     def predict_with_queries(self, batch: Tensor) -> tuple[MaskPrediction, Tensor]:
         """The final prediction of `predict`, and embeddings of what the queries found.
@@ -180,6 +217,6 @@ class Mask2Former(nn.Module):
         """
         batch = self.batch_images(images)
         wanted = [unpacked(target, self.device) for target in targets]
-        predictions = self.predict(batch, all_layers=True)
+        predictions = self.predict(batch, all_layers=True, with_masks=False)
         canvas = (batch.shape[2], batch.shape[3])
         return self.criterion.weighted(self.criterion(predictions, wanted, canvas, generator))

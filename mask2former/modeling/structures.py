@@ -43,6 +43,30 @@ class MaskPrediction(NamedTuple):
         return self.class_logits.shape[-1] == 0
 
 
+class QueryPrediction(NamedTuple):
+    """A prediction whose masks are not made: the losses read most of them at few points, and need few of them whole.
+
+    Attributes:
+        class_logits: as of `MaskPrediction`.
+        mask_embeddings: (B, Q, C).
+        mask_features: (B, C, H/4, W/4), one and the same tensor in the predictions of all layers.
+    """
+
+    class_logits: Tensor
+    mask_embeddings: Tensor
+    mask_features: Tensor
+
+    @property
+    def mask_logits(self) -> Tensor:
+        """(B, Q, H/4, W/4), made anew each time: the product of embeddings and features."""
+        return torch.einsum("bqc,bchw->bqhw", self.mask_embeddings, self.mask_features)
+
+    @property
+    def with_masks(self) -> MaskPrediction:
+        """The same with its masks."""
+        return MaskPrediction(self.class_logits, self.mask_logits)
+
+
 def per_pixel_prediction(logits: Tensor) -> MaskPrediction:
     """Class logits of every pixel, (B, K, H/4, W/4), as a prediction."""
     return MaskPrediction(logits.new_zeros(*logits.shape[:2], 0), logits)

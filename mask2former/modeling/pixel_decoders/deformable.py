@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import ConvNorm, at_least_float32, fill_conv_xavier, make_norm
+from mask2former.modeling.layers import (
+    Conv2d,
+    ConvNorm,
+    Linear,
+    at_least_float32,
+    fill_conv_xavier,
+    make_norm,
+    without_autocast,
+)
 from mask2former.modeling.position_encoding import sine_position_encoding
 from mask2former.modeling.structures import PixelFeatures
 from mask2former.ops import ms_deform_attn_fused
@@ -81,7 +89,7 @@ class DeformablePixelDecoder(nn.Module):
             dim_feedforward=dim_feedforward,
             dropout=dropout,
         )
-        self.mask_features = nn.Conv2d(conv_dim, mask_dim, 1)
+        self.mask_features = Conv2d(conv_dim, mask_dim, 1)
         fill_conv_xavier(self.mask_features)
         for number, name in enumerate(self._fpn_inputs, start=1):
             lateral = ConvNorm(
@@ -112,8 +120,7 @@ class DeformablePixelDecoder(nn.Module):
         Returns:
             Mask features at ``common_stride`` and the three coarsest levels, lowest resolution first.
         """
-        device_type = next(iter(features.values())).device.type
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(next(iter(features.values())).device):
             maps = [
                 project(at_least_float32(features[name]))
                 for name, project in zip(self._encoder_inputs, self.input_proj, strict=True)
@@ -184,8 +191,8 @@ class _EncoderLayer(nn.Module):
             dim=dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
         )
         self.norm1 = nn.LayerNorm(dim)
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.linear1 = Linear(dim, dim_feedforward, activation="relu")
+        self.linear2 = Linear(dim_feedforward, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.linear1.weight)
@@ -194,7 +201,7 @@ class _EncoderLayer(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         attended = self.self_attn(tokens + position, tokens, shapes)
         tokens = self.norm1(tokens + self.dropout(attended))
-        hidden = self.dropout(F.relu_(self.linear1(tokens)))  # in place: this is the largest tensor of the encoder
+        hidden = self.dropout(self.linear1(tokens))  # the largest tensor of the encoder; its ReLU is in place
         return self.norm2(tokens + self.dropout(self.linear2(hidden)))
 
 
@@ -212,10 +219,10 @@ class MSDeformAttn(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads = {num_heads}, got {dim}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         samples = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(dim, samples * 2)
-        self.attention_weights = nn.Linear(dim, samples)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
+        self.sampling_offsets = Linear(dim, samples * 2)
+        self.attention_weights = Linear(dim, samples)
+        self.value_proj = Linear(dim, dim)
+        self.output_proj = Linear(dim, dim)
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
@@ -245,7 +252,7 @@ class MSDeformAttn(nn.Module):
 
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, 1)
+    conv = Conv2d(in_channels, out_channels, 1)
     nn.init.xavier_uniform_(conv.weight)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
