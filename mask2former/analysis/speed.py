@@ -19,7 +19,7 @@ _WARM_UP = 2
 
 
 class Speed(NamedTuple):
-    """Of one image after the other, in float32, from the resized image on the CPU to the results of all tasks.
+    """Of one image after the other, from the resized image on the CPU to the results of all tasks.
 
     Attributes:
         seconds: median of the repeats.

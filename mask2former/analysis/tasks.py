@@ -86,7 +86,8 @@ def analyse_throughput(
         OSError: if a file cannot be read.
     """
     torch.manual_seed(0)
-    model = build_model(config.architecture_arguments(cfg)).eval()
+    precision = config.precision_arguments(cfg)["precision"]
+    model = build_model(config.architecture_arguments(cfg), precision).eval()
     if weights is not None:
         load_weights(model, weights)
     taken = [(image.pixels(cfg), image.own_size) for image in images[:repeats]]
@@ -95,6 +96,7 @@ def analyse_throughput(
         "images_per_second": speed.images_per_second,
         **speed._asdict(),
         "pictures": len(taken),
+        "precision": precision,
         "weights": weights,
         "operators": describe(),
     }
