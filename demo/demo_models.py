@@ -134,5 +134,5 @@ def _predictor_from_config(config_file: Path, overrides: Sequence[str], device: 
         )
     try:
         return predictor_from_config(get_config(config_file, ["MODEL.DEVICE", device, *overrides]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ModuleNotFoundError, ValueError) as error:
         raise CommandError(f"--config-file {config_file} cannot be used: {error}") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from mask2former.modeling.backbones import ResNet, SwinTransformer
+from mask2former.modeling.backbones import ResNet, SwinTransformer, TimmBackbone, TimmPyramid
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.mask2former import ALL_LEVELS, ENCODED, PIXEL_EMBEDDING, Mask2Former, SegmentationHead
 from mask2former.modeling.per_pixel import PixelClassifier, PixelCriterion
@@ -23,7 +23,12 @@ from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder, St
 Architecture = dict[str, dict[str, Any]]
 """Keyword arguments of every part, by part, as `mask2former.config.architecture_arguments` gives them."""
 
-_BACKBONES: dict[str, type[nn.Module]] = {"resnet": ResNet, "swin": SwinTransformer}
+_BACKBONES: dict[str, type[nn.Module]] = {
+    "resnet": ResNet,
+    "swin": SwinTransformer,
+    "timm": TimmBackbone,
+    "timm_pyramid": TimmPyramid,
+}
 _PIXEL_DECODERS: dict[str, type[nn.Module]] = {
     "deformable": DeformablePixelDecoder,
     "fpn": FPNPixelDecoder,
@@ -98,6 +103,7 @@ def build_model(architecture: Architecture, precision: Precision | None = None) 
     Raises:
         ValueError: if a part is missing, its name is unknown, or ``precision`` is another word.
         TypeError: if a part has an argument that its class does not know.
+        ModuleNotFoundError: if the backbone is one of timm, which is not installed.
     """
     missing = {"backbone", "pixel_decoder", "transformer_decoder", "criterion", "input"} - set(architecture)
     if missing:

@@ -306,6 +306,14 @@ class Predictor:
         """
         return result.draw(image)
 
+    def model_input(self, image: Picture) -> tuple[Tensor, tuple[int, int]]:
+        """A picture, in any form that `as_rgb` takes, as the model sees it: (3, h, w) uint8; and its own size."""
+        pixels = as_rgb(image)
+        resized = self._resize(pixels)
+        channels = resized if self.image_format == "RGB" else resized[..., ::-1]
+        planes = torch.from_numpy(channels.transpose(2, 0, 1).copy())  # (3, h, w)
+        return planes, (pixels.shape[0], pixels.shape[1])
+
     def _checked_task(self, task: Task | None, threshold: float | None) -> Task:
         task = self.settings.tasks[0] if task is None else task
         if task not in self.settings.tasks:
@@ -347,11 +355,7 @@ class Predictor:
             yield picture
 
     def _resize_picture(self, place: int, image: Picture) -> _Resized:
-        pixels = as_rgb(image)
-        resized = self._resize(pixels)
-        channels = resized if self.image_format == "RGB" else resized[..., ::-1]
-        planes = torch.from_numpy(channels.transpose(2, 0, 1).copy())  # (3, h, w)
-        return _Resized(place, planes, (pixels.shape[0], pixels.shape[1]))
+        return _Resized(place, *self.model_input(image))
 
     def _result(
         self, prediction: MaskPrediction, geometry: MaskGeometry, task: Task, threshold: float | None

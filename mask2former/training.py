@@ -1,6 +1,9 @@
 """What a training step does in every engine: parts of a batch, losses that are not finite, memory."""
 
+import ctypes
 import logging
+import os
+import platform
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -110,6 +113,28 @@ class SkippedSteps:
                 f"{iteration}: {dict(losses)}; lower SOLVER.BASE_LR, or set SOLVER.AMP.DTYPE bfloat16"
             )
         return True
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep the memory that a training step on a CPU frees, instead of getting it anew for the next one.
+
+    Pages from the system are filled with zeros at their first use. Memory stays at the most that a step needed, until
+    the process ends. Settings of malloc in the environment stand.
+
+    Returns:
+        Whether it was done; elsewhere than on Linux with glibc there is nothing to do.
+    """
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    is_set |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if is_set or platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = (  # numbers of <malloc.h>
+        (-4, 0),  # M_MMAP_MAX: no block is a mapping of its own
+        (-1, -1),  # M_TRIM_THRESHOLD: nothing is given back
+        (-2, 256 << 20),  # M_TOP_PAD: what more is fetched at a time
+    )
+    return all(libc.mallopt(*setting) == 1 for setting in settings)
 
 
 def peak_memory_mb(device_type: str) -> float:

@@ -637,7 +637,7 @@ def test_instance_mapper_crops_without_looking_at_categories() -> None:
             config.architecture_arguments,
             "MODEL.BACKBONE.NAME",
             "build_vit_backbone",
-            "build_resnet_backbone, D2SwinTransformer",
+            "build_resnet_backbone, D2SwinTransformer, TimmBackbone, TimmSimplePyramid",
         ),
         (
             config.architecture_arguments,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mask2former import config, solver, training
 from mask2former.data import MappedSample
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.modeling.structures import MaskTarget
+from mask2former.modeling.structures import MaskTarget, PackedTarget
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class _Losses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[MaskTarget]) -> dict[str, Tensor]:
+    def forward(self, images: Sequence[Tensor], targets: Sequence[MaskTarget | PackedTarget]) -> dict[str, Tensor]:
         return self.model.losses(images, targets)
 
 

@@ -1,7 +1,8 @@
 """Mask2Former: backbone, pixel decoder and transformer decoder (paper section 3)."""
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,14 @@ from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.per_pixel import PixelCriterion
 from mask2former.modeling.pixel_decoders import DeformablePixelDecoder
 from mask2former.modeling.precision import Precision, check_precision, float32_products, forward_mode
-from mask2former.modeling.structures import MaskPrediction, MaskTarget, PixelFeatures
+from mask2former.modeling.structures import (
+    MaskPrediction,
+    MaskTarget,
+    PackedTarget,
+    PixelFeatures,
+    QueryPrediction,
+    unpacked,
+)
 
 ALL_LEVELS = "multi_scale_pixel_decoder"
 """The transformer decoder gets the levels of the pixel decoder as they are."""
@@ -37,9 +45,17 @@ class SegmentationHead(nn.Module):
         self.predictor = predictor
         self.in_feature = in_feature
 
-    def forward(self, features: dict[str, Tensor], all_layers: bool | None = None) -> list[MaskPrediction]:
-        """Backbone maps to predictions; ``all_layers`` as in the predictor."""
-        return self.predictor(self.pixel_features(features), all_layers)
+    def forward(
+        self, features: dict[str, Tensor], all_layers: bool | None = None, *, with_masks: bool = True
+    ) -> list[MaskPrediction] | list[QueryPrediction]:
+        """Backbone maps to predictions; ``all_layers`` and ``with_masks`` as in the predictor.
+
+        A predictor that does not know the latter makes masks.
+        """
+        pixels = self.pixel_features(features)
+        if with_masks or not can_leave_masks_out(self.predictor):
+            return self.predictor(pixels, all_layers)
+        return self.predictor(pixels, all_layers, with_masks=False)
 
     def pixel_features(self, features: dict[str, Tensor]) -> PixelFeatures:
         """Backbone maps to what the transformer decoder takes."""
@@ -63,6 +79,11 @@ class SegmentationHead(nn.Module):
                 if not name.startswith(prefix + "predictor."):
                     state_dict[decoder + name[len(prefix) :]] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def can_leave_masks_out(module: nn.Module) -> bool:
+    """Whether a head or a transformer decoder knows ``with_masks``; those of others need not."""
+    return "with_masks" in inspect.signature(module.forward).parameters
 
 
 class Mask2Former(nn.Module):
@@ -168,19 +189,35 @@ class Mask2Former(nn.Module):
         """The same as `predict`."""
         return self.predict(batch, all_layers)
 
-    def predict(self, batch: Tensor, all_layers: bool | None = None) -> list[MaskPrediction]:
+    @overload
+    def predict(
+        self, batch: Tensor, all_layers: bool | None = None, *, with_masks: Literal[True] = True
+    ) -> list[MaskPrediction]: ...
+
+    @overload
+    def predict(
+        self, batch: Tensor, all_layers: bool | None, *, with_masks: Literal[False]
+    ) -> list[MaskPrediction] | list[QueryPrediction]: ...
+
+    def predict(
+        self, batch: Tensor, all_layers: bool | None = None, *, with_masks: bool = True
+    ) -> list[MaskPrediction] | list[QueryPrediction]:
         """Predict from a padded, normalised batch.
 
         Args:
             batch: (B, 3, H, W), see `batch_images`.
             all_layers: predictions of all decoder layers; None: as the model is training or not.
+            with_masks: make the masks. The losses do not want them all; parts that cannot leave them out make them.
 
         Returns:
             Predictions, the last one final. Padding is not masked, as published. Float32 in evaluation mode if there is
             a `precision`.
         """
         with forward_mode(self.precision, batch.device.type):
-            predictions: list[MaskPrediction] = self.sem_seg_head(self.backbone(batch), all_layers)
+            features = self.backbone(batch)
+            if not with_masks and can_leave_masks_out(self.sem_seg_head):
+                return self.sem_seg_head(features, all_layers, with_masks=False)
+            predictions: list[MaskPrediction] = self.sem_seg_head(features, all_layers)
         if self.precision != "fast" or self.training:  # the criterion converts what it samples
             return predictions
         return [MaskPrediction(*(logits.float() for logits in prediction)) for prediction in predictions]
@@ -209,7 +246,7 @@ class Mask2Former(nn.Module):
     def losses(
         self,
         images: Sequence[Tensor],
-        targets: Sequence[MaskTarget],
+        targets: Sequence[MaskTarget | PackedTarget],
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Weighted training losses of a batch; their sum is what is minimised.
@@ -220,8 +257,8 @@ class Mask2Former(nn.Module):
             generator: source of the random points.
         """
         batch = self.batch_images(images)
-        targets = [MaskTarget(t.labels.to(self.device), t.masks.to(self.device)) for t in targets]
+        wanted = [unpacked(target, self.device) for target in targets]
         canvas = (batch.shape[2], batch.shape[3])
         with float32_products(self.precision):
-            predictions = self.predict(batch, all_layers=True)
-            return self.criterion.weighted(self.criterion(predictions, targets, canvas, generator))
+            predictions = self.predict(batch, all_layers=True, with_masks=False)
+            return self.criterion.weighted(self.criterion(predictions, wanted, canvas, generator))
