@@ -278,8 +278,10 @@ setup(
     install_requires=requirements("requirements.txt"),
     extras_require={
         "dev": requirements("requirements-dev.txt"),
+        "evaluation": requirements("requirements-evaluation.txt"),
         "export": requirements("requirements-export.txt"),
         "large": requirements("requirements-large.txt"),
+        "timm": requirements("requirements-timm.txt"),
         "train": requirements("requirements-train.txt"),
     },
     zip_safe=False,

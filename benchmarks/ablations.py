@@ -67,12 +67,13 @@ def register_images(number: int) -> None:
     catalog.register_lazily(DATASET, partial(part.panoptic, DATASET, with_semantic=True))
 
 
-def run(name: str, *, iterations: int, seed: int, folder: Path) -> dict[str, float]:
+def run(name: str, *, iterations: int, batch: int, seed: int, folder: Path) -> dict[str, float]:
     """Train and evaluate one variant; its numbers."""
     overrides: dict[str, Any] = {
         "OUTPUT_DIR": folder / name,
         "DATASETS.TRAIN": f"('{DATASET}',)",
         "DATASETS.TEST": f"('{DATASET}',)",
+        "SOLVER.IMS_PER_BATCH": batch,
         "SOLVER.MAX_ITER": iterations,
         "SOLVER.STEPS": f"({max(1, iterations * 9 // 10)},)",
         "SEED": seed,
@@ -111,26 +112,27 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(VARIANTS), help="names, separated by commas")
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4, help="images an iteration")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("results/ablations"), help="numbers of each variant")
     args = parser.parse_args()
     chosen = args.only.split(",")
     unknown = sorted(set(chosen) - VARIANTS.keys())
-    if unknown or args.iterations < 1 or args.images < 1:
-        parser.error(f"--only takes some of {', '.join(VARIANTS)}; iterations and images are at least 1; got {unknown}")
+    if unknown or min(args.iterations, args.images, args.batch) < 1:
+        parser.error(f"--only takes some of {', '.join(VARIANTS)}; numbers are at least 1; got {args}")
     register_images(args.images)
-    folder = args.folder / f"{args.images}_images_{args.iterations}_iterations_seed_{args.seed}"
+    folder = args.folder / f"{args.images}_images_{args.iterations}_iterations_of_{args.batch}_seed_{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch {torch.__version__};"
-        f" {args.images} images, {args.iterations} iterations, seed {args.seed}\n"
+        f" {args.images} images, {args.iterations} iterations of {args.batch}, seed {args.seed}\n"
     )
     print("| Table | variant | final loss | last layer | PQ | s an iteration |\n|---|---|---|---|---|---|", flush=True)
     for table, variants in TABLES.items():
         for name in (name for name in variants if name in chosen):
             path = folder / f"{name}.json"
             if not path.exists():
-                found = run(name, iterations=args.iterations, seed=args.seed, folder=folder)
+                found = run(name, iterations=args.iterations, batch=args.batch, seed=args.seed, folder=folder)
                 write_atomically(path, json.dumps(found).encode())
                 shutil.rmtree(folder / name)  # checkpoints, which nothing needs any more
             print(row(table, name, json.loads(path.read_text())), flush=True)

@@ -14,6 +14,7 @@ from mask2former.modeling.postprocessing import (
     PanopticResult,
     instance_segmentation,
     panoptic_segmentation,
+    semantic_labels,
     semantic_segmentation,
 )
 from mask2former.modeling.structures import MaskPrediction
@@ -23,7 +24,7 @@ class ImageResult(NamedTuple):
     """Results of one image; None for a task that is off.
 
     Attributes:
-        semantic: (K, H, W) scores.
+        semantic: (K, H, W) scores, or (H, W) labels where only these were asked for.
         panoptic: segments.
         instances: best score first.
     """
@@ -31,6 +32,11 @@ class ImageResult(NamedTuple):
     semantic: Tensor | None
     panoptic: PanopticResult | None
     instances: InstanceResult | None
+
+    def semantic_labels(self) -> Tensor:
+        """(H, W) labels, those with the best scores; only of results that have ``semantic``."""
+        assert self.semantic is not None
+        return self.semantic if self.semantic.ndim == 2 else self.semantic.argmax(0)
 
 
 def prediction_settings(cfg: Any) -> PredictionSettings:
@@ -107,6 +113,8 @@ def image_result(
     geometry: MaskGeometry,
     settings: Mapping[str, Any],
     is_thing: Callable[[], Tensor],
+    *,
+    with_scores: bool = True,
 ) -> ImageResult:
     """Post-process one image.
 
@@ -115,11 +123,15 @@ def image_result(
         geometry: the way back to the image's own size.
         settings: from `mask2former.config.inference_arguments`.
         is_thing: gives (K,) bool; asked only if a result needs it.
+        with_scores: semantic scores of all classes, which are never there for the whole image if only labels are
+            wanted.
     """
     semantic = panoptic = instances = None
     if settings["semantic_on"]:
         resize_first = settings["sem_seg_postprocessing_before_inference"]
-        semantic = semantic_segmentation(*prediction, geometry, resize_first=resize_first)
+        semantic = (semantic_segmentation if with_scores else semantic_labels)(
+            *prediction, geometry, resize_first=resize_first
+        )
     if settings["panoptic_on"]:
         panoptic = panoptic_segmentation(
             *prediction,

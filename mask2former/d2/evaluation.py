@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from mask2former.config import evaluation_arguments, inference_arguments
 from mask2former.d2.data import dataset_metadata, is_thing_of
 from mask2former.data.catalog import Category, DatasetMetadata
+from mask2former.evaluation.background import BackgroundUpdates
 from mask2former.evaluation.progress import with_progress
 from mask2former.evaluation.reporting import report
 from mask2former.evaluation.tasks import (
@@ -40,26 +41,34 @@ class TaskEvaluator(DatasetEvaluator):
         self._name = name
         self._make = make
         self._folder = None if output_dir is None else Path(output_dir)
-        self.tasks = make()
+        self._tasks = make()
+        self._counting = BackgroundUpdates(self._tasks)
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks, which have counted all images so far."""
+        self._counting.finish()
+        return self._tasks
 
     def reset(self) -> None:
         """Forget all images."""
-        self.tasks = self._make()
+        self._counting.cancel()
+        self._tasks = self._make()
+        self._counting = BackgroundUpdates(self._tasks)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Take the results of some images."""
+        """Take the results of some images, which are counted while the model predicts the next ones."""
         for record, output in zip(inputs, outputs, strict=True):
-            result = _result_of(output)
-            for task in self.tasks:
-                task.update(record, result)
+            self._counting.update(record, _result_of(output))
 
     def evaluate(self) -> dict[str, Any] | None:
         """The results of all processes on the main one, which reports them; None on the others."""
+        tasks = self.tasks
         comm.synchronize()
-        results = merged_results(self.tasks, comm.gather)
+        results = merged_results(tasks, comm.gather)
         if results is None:
             return None
-        report(self._name, results, self._folder, self.tasks)
+        report(self._name, results, self._folder, tasks)
         return OrderedDict(results)
 
 
@@ -172,7 +181,9 @@ def _result_of(output: dict[str, Any]) -> ImageResult:
         panoptic = PanopticResult(*output["panoptic_seg"])
     if "instances" in output:
         found = output["instances"]
-        instances = InstanceResult(found.pred_classes, found.scores, found.pred_masks, found.pred_boxes.tensor)
+        queries = found.pred_queries if found.has("pred_queries") else None
+        boxes = found.pred_boxes.tensor
+        instances = InstanceResult(found.pred_classes, found.scores, found.pred_masks, boxes, queries)
     return ImageResult(output.get("sem_seg"), panoptic, instances)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from mask2former import config
 from mask2former.data import CatalogEntry
 from mask2former.engine.data import TestSample, build_test_loader, dataset_entries, is_thing_of
+from mask2former.evaluation.background import BackgroundUpdates
 from mask2former.evaluation.progress import with_progress
 from mask2former.evaluation.reporting import report
 from mask2former.evaluation.tasks import evaluated_tasks, make_tasks, merged_results
@@ -80,12 +81,12 @@ def _evaluate(
     loader = build_test_loader(cfg, records, rank=rank(), world_size=world_size())
     is_thing = torch.tensor(is_thing_of(cfg))
     count = {"here": len(loader), "overall": len(records)}
-    for sample in with_progress(loader, entry.name, **count, is_shown=rank() == 0):
-        result = predict(model, sample, settings, is_thing, augmentation)
-        for task in tasks:
-            task.update(sample.record, result)
-        if watch is not None:
-            watch(sample, result)
+    with BackgroundUpdates(tasks) as counting:
+        for sample in with_progress(loader, entry.name, **count, is_shown=rank() == 0):
+            result = predict(model, sample, settings, is_thing, augmentation)
+            counting.update(sample.record, result)
+            if watch is not None:
+                watch(sample, result)
     results = merged_results(tasks, _gather)
     if results is None:
         return {}
@@ -102,9 +103,10 @@ def predict(
     is_thing: Tensor,
     augmentation: TestAugmentation | None = None,
 ) -> ImageResult:
-    """The results of one image at the size of its file."""
+    """The results of one image at the size of its file; semantic ones may be labels alone."""
     if augmentation is None:
-        return image_result(*predict_image(model, sample.image, sample.size), settings, lambda: is_thing)
+        prediction = predict_image(model, sample.image, sample.size)
+        return image_result(*prediction, settings, lambda: is_thing, with_scores=False)
     return augmented_result(model, sample.image, sample.size, settings, lambda: is_thing, augmentation)
 
 

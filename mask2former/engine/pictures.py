@@ -61,5 +61,4 @@ class SamplePictures:
             keep = found.scores >= _SCORE
             labels, scores, masks = (t[keep].cpu().numpy() for t in (found.labels, found.scores, found.masks))
             return visualizer.draw_instances(pixels, labels, scores, masks)
-        assert result.semantic is not None
-        return visualizer.draw_semantic(pixels, result.semantic.argmax(0).cpu().numpy(), ignore_label=-1)
+        return visualizer.draw_semantic(pixels, result.semantic_labels().cpu().numpy(), ignore_label=-1)

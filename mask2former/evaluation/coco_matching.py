@@ -1,17 +1,67 @@
-"""Precision of the detections of one category, by pycocotools' COCOeval: matching, crowds and sizes are COCO's."""
+"""Precision of the detections of one category by COCOeval: matching, crowds and sizes are COCO's.
+
+There are two: pycocotools' own, and that of faster-coco-eval, which is used where it is installed and counts the same
+in a fraction of the time. MASK2FORMER_FASTER_COCO_EVAL=0 switches it off. Boundary IoU is pycocotools' in any case.
+
+The two differ in one rounding, which is taken out, so that no number depends on what is installed. pycocotools adds
+2.2e-16 to the number of detections, against division by zero: the precision of a first detection that is right comes
+out as 0.9999999999999998. Of two and more detections the sum is rounded back to their number.
+"""
 
 import contextlib
 import functools
 import io
+import logging
+import os
+import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+logger = logging.getLogger(__name__)
+
 FloatArray = npt.NDArray[np.float64]
 Annotation = dict[str, Any]
+
+_FASTER = "faster-coco-eval"
+_OLDEST = (1, 8)  # the one that was compared
+
+
+class MatchingLibrary(NamedTuple):
+    """Who matches and ranks.
+
+    Attributes:
+        is_faster: faster-coco-eval, else pycocotools.
+        account: for the log, a name and why.
+    """
+
+    is_faster: bool
+    account: str
+
+
+def matching_library(iou_type: str) -> MatchingLibrary:
+    """The one that `category_precision` uses for an IoU type."""
+    if iou_type == "boundary":
+        return MatchingLibrary(False, "pycocotools")
+    if os.environ.get("MASK2FORMER_FASTER_COCO_EVAL") == "0":
+        return MatchingLibrary(False, f"pycocotools (MASK2FORMER_FASTER_COCO_EVAL=0 switches {_FASTER} off)")
+    return _installed_library()
+
+
+@functools.cache
+def _installed_library() -> MatchingLibrary:
+    try:
+        found = version(_FASTER)
+    except PackageNotFoundError:
+        return MatchingLibrary(False, f"pycocotools ({_FASTER}, which is faster, is not installed)")
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        return MatchingLibrary(False, f"pycocotools ({_FASTER} {found} is older than {oldest})")
+    return MatchingLibrary(True, f"{_FASTER} {found}")
 
 
 def import_pycocotools() -> tuple[Any, Any]:
@@ -53,29 +103,83 @@ def category_precision(
         (T, R, A) precision in [0, 1] at the IoUs 0.5, 0.55, ... 0.95, the recalls 0, 0.01, ... 1 and the sizes
         all, small, medium and large; -1 where there is nothing to find.
     """
-    kind = _eval_class()
     if not truth:
         return -np.ones((10, 101, 4))
     ids = {annotation["image_id"] for annotation in (*truth, *detections)}
+    run = _faster_precision if matching_library(iou_type).is_faster else _plain_precision
     used = [images[i] for i in ids]
+    return run(truth, detections, used, iou_type, max_detections, not_exhaustive)
+
+
+def _plain_precision(
+    truth: Sequence[Annotation],
+    detections: Sequence[Annotation],
+    images: Sequence[Mapping[str, Any]],
+    iou_type: str,
+    max_detections: int,
+    not_exhaustive: AbstractSet[Any],
+) -> FloatArray:
+    """`category_precision` by pycocotools, for the images that are in truth or detections."""
     category = {"id": truth[0]["category_id"], "name": ""}
+    library = import_pycocotools()[0]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        evaluation = kind(
-            _coco(used, category, truth),
-            _coco(used, category, detections),
+        evaluation = _eval_class()(
+            _index(library(), images, category, truth),
+            _index(library(), images, category, detections),
             "bbox" if iou_type == "bbox" else "segm",
             with_boundary=iou_type == "boundary",
             not_exhaustive=not_exhaustive,
         )
-        evaluation.params.maxDets = [1, 10, max_detections]
+        evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-    return np.asarray(evaluation.eval["precision"][:, :, 0, :, -1])
+    precision = np.asarray(evaluation.eval["precision"][:, :, 0, :, 0])
+    precision[precision == 1 / (1 + np.spacing(1))] = 1  # see above
+    return precision
 
 
-def _coco(images: Sequence[Any], category: Mapping[str, Any], annotations: Sequence[Annotation]) -> Any:
-    coco = import_pycocotools()[0]()
-    coco.dataset = {"images": images, "categories": [category], "annotations": list(annotations)}
+def _faster_precision(
+    truth: Sequence[Annotation],
+    detections: Sequence[Annotation],
+    images: Sequence[Mapping[str, Any]],
+    iou_type: str,
+    max_detections: int,
+    not_exhaustive: AbstractSet[Any],
+) -> FloatArray:
+    """`category_precision` by faster-coco-eval, which needs numbers as ids of images; their order stays."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    category_id = truth[0]["category_id"]
+    number = {image_id: n for n, image_id in enumerate(sorted(image["id"] for image in images), start=1)}
+    used = [
+        {
+            **image,
+            "id": number[image["id"]],
+            # LVIS's rule for these comes with the one for categories that an image is not known for: here all are.
+            "not_exhaustive_category_ids": [category_id] if image["id"] in not_exhaustive else [],
+            "neg_category_ids": [category_id],
+        }
+        for image in images
+    ]
+    category = {"id": category_id, "name": "", "frequency": "f"}
+
+    def index(annotations: Sequence[Annotation]) -> Any:
+        renumbered = [a | {"image_id": number[a["image_id"]]} for a in annotations]
+        return _index(COCO(print_function=logger.debug), used, category, renumbered)
+
+    evaluation = COCOeval_faster(
+        index(truth), index(detections), iou_type, print_function=logger.debug, lvis_style=bool(not_exhaustive)
+    )
+    evaluation.params.maxDets = [max_detections]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"])[:, :, 0, :, 0]
+
+
+def _index(
+    coco: Any, images: Sequence[Mapping[str, Any]], category: Mapping[str, Any], annotations: Sequence[Annotation]
+) -> Any:
+    coco.dataset = {"images": list(images), "categories": [category], "annotations": list(annotations)}
     coco.createIndex()
     return coco
 

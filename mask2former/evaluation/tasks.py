@@ -5,9 +5,10 @@ Both engines use this: they bring results and gather metrics over their processe
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,7 +45,10 @@ class PanopticSegments(Protocol):
 
 
 class Instances(Protocol):
-    """Instances of one image: (N,), (N,), (N, H, W) bool and (N, 4) x1, y1, x2, y2."""
+    """Instances of one image: (N,), (N,), (N, H, W) bool and (N, 4) x1, y1, x2, y2.
+
+    If there are ``queries`` (N,) as well, those of one query have one mask.
+    """
 
     @property
     def labels(self) -> Tensor: ...
@@ -60,7 +64,7 @@ class Result(Protocol):
     """Results of one image on any device, such as `mask2former.inference.ImageResult`; None for a task that is off."""
 
     @property
-    def semantic(self) -> Tensor | None: ...  # (K, H, W) scores
+    def semantic(self) -> Tensor | None: ...  # (K, H, W) scores or (H, W) labels
     @property
     def panoptic(self) -> PanopticSegments | None: ...
     @property
@@ -69,6 +73,8 @@ class Result(Protocol):
 
 class Task:
     """Feeds the metrics of one task, image by image.
+
+    What ``update`` does has two steps, so that the second one can be done in the background (`BackgroundUpdates`).
 
     Attributes:
         metrics: by name. What one process sends to another.
@@ -79,6 +85,14 @@ class Task:
 
     def update(self, record: Record, result: Result) -> None:
         """Takes the results of the image of a record, which says where its ground truth is."""
+        self.count(record, self.take(result))
+
+    def take(self, result: Result) -> Any:
+        """What the metrics need of a result, in the host's memory: first step, in the thread that has predicted it."""
+        raise NotImplementedError
+
+    def count(self, record: Record, taken: Any) -> None:
+        """Reads the ground truth and feeds the metrics with what was taken: second step, one image after the other."""
         raise NotImplementedError
 
     def merge(self, others: Iterable[Mapping[str, Metric]]) -> None:
@@ -107,12 +121,14 @@ class PanopticTask(Task):
             )
         super().__init__(metrics)
 
-    def update(self, record: Record, result: Result) -> None:
+    def take(self, result: Result) -> tuple[npt.NDArray[np.integer], Sequence[Any]]:
         assert result.panoptic is not None
-        ids = result.panoptic.ids.cpu().numpy()
+        return result.panoptic.ids.cpu().numpy(), result.panoptic.segments
+
+    def count(self, record: Record, taken: tuple[npt.NDArray[np.integer], Sequence[Any]]) -> None:
         target_ids = read_panoptic_ids(record["pan_seg_file_name"])
         for metric in self.metrics.values():
-            metric.update(ids, result.panoptic.segments, target_ids, record["segments_info"])
+            metric.update(*taken, target_ids, record["segments_info"])
 
 
 class SemanticTask(Task):
@@ -122,8 +138,11 @@ class SemanticTask(Task):
         names = _names(metadata.categories)
         super().__init__({"sem_seg": SemanticIoU(class_names=names, ignore_label=metadata.ignore_label)})
 
-    def update(self, record: Record, result: Result) -> None:
-        self.metrics["sem_seg"].update(_labels(result), read_label_map(record["sem_seg_file_name"]))
+    def take(self, result: Result) -> npt.NDArray[np.integer]:
+        return _labels(result)
+
+    def count(self, record: Record, taken: npt.NDArray[np.integer]) -> None:
+        self.metrics["sem_seg"].update(taken, read_label_map(record["sem_seg_file_name"]))
 
 
 class CityscapesSemanticTask(Task):
@@ -133,9 +152,12 @@ class CityscapesSemanticTask(Task):
         names = _names(metadata.categories)
         super().__init__({"sem_seg": CityscapesIoU(class_names=names, ignore_label=metadata.ignore_label)})
 
-    def update(self, record: Record, result: Result) -> None:
+    def take(self, result: Result) -> npt.NDArray[np.integer]:
+        return _labels(result)
+
+    def count(self, record: Record, taken: npt.NDArray[np.integer]) -> None:
         target, ids = read_label_map(record["sem_seg_file_name"]), read_label_map(record["instance_ids_file_name"])
-        self.metrics["sem_seg"].update(_labels(result), target, ids)
+        self.metrics["sem_seg"].update(taken, target, ids)
 
 
 class InstanceTask(Task):
@@ -155,8 +177,11 @@ class InstanceTask(Task):
         )
         super().__init__({"instances": metric})
 
-    def update(self, record: Record, result: Result) -> None:
-        self.metrics["instances"].update(record["image_id"], *self._things.select(result, with_boxes=True))
+    def take(self, result: Result) -> "_Found":
+        return self._things.select(result)
+
+    def count(self, record: Record, taken: "_Found") -> None:
+        self.metrics["instances"].update(record["image_id"], **taken._asdict())
 
     def results(self) -> Results:
         return dict(self.metrics["instances"].compute())
@@ -179,9 +204,30 @@ class CityscapesInstanceTask(Task):
         self._things = _Things(metadata.categories)
         super().__init__({"segm": CityscapesAP(class_names=_names(self._things.categories))})
 
-    def update(self, record: Record, result: Result) -> None:
+    def take(self, result: Result) -> "_Found":
+        return self._things.select(result)
+
+    def count(self, record: Record, taken: "_Found") -> None:
         ids = read_label_map(record["instance_ids_file_name"])
-        self.metrics["segm"].update(*self._things.select(result, with_boxes=False), ids)
+        self.metrics["segm"].update(taken.labels, taken.scores, taken.masks[taken.mask_of], ids)
+
+
+class _Found(NamedTuple):
+    """The instances of one image that are things, best score first.
+
+    Attributes:
+        labels: (N,) int64 places among the things.
+        scores: (N,) float32.
+        masks: (M, H, W) bool, those of several instances once.
+        boxes: (N, 4) x1, y1, x2, y2.
+        mask_of: (N,) int64 places in ``masks``.
+    """
+
+    labels: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    masks: npt.NDArray[np.bool_]
+    boxes: npt.NDArray[np.float32]
+    mask_of: npt.NDArray[np.int64]
 
 
 class _Things:
@@ -192,15 +238,24 @@ class _Things:
         labels = [label for label, category in enumerate(categories) if category.is_thing]
         self._places = {label: place for place, label in enumerate(labels)}
 
-    def select(self, result: Result, *, with_boxes: bool) -> tuple[Any, ...]:
-        """Places among the things, scores, masks and, if wanted, boxes of the instances that are things."""
+    def select(self, result: Result) -> _Found:
+        """The instances that are things, in the host's memory."""
         found = result.instances
         assert found is not None
-        labels = found.labels.tolist()
-        is_thing = torch.tensor([label in self._places for label in labels], dtype=torch.bool)
-        tensors = (found.scores, found.masks, *([found.boxes] if with_boxes else []))
-        places = np.array([self._places[label] for label in labels if label in self._places], dtype=np.int64)
-        return places, *(tensor.cpu()[is_thing].numpy() for tensor in tensors)
+        places = np.array([self._places.get(label, -1) for label in found.labels.tolist()], dtype=np.int64)
+        kept = np.flatnonzero(places >= 0)
+        # A query that is an instance of several classes has one mask: the best hundred are often those of a dozen.
+        of_queries: Tensor | None = getattr(found, "queries", None)
+        queries = kept if of_queries is None else of_queries.cpu().numpy()[kept]
+        _, first, mask_of = np.unique(queries, return_index=True, return_inverse=True)
+        chosen = torch.from_numpy(kept[first]).to(found.masks.device)
+        return _Found(
+            labels=places[kept],
+            scores=found.scores.cpu().numpy()[kept],
+            masks=found.masks[chosen].cpu().numpy(),
+            boxes=found.boxes.cpu().numpy()[kept],
+            mask_of=mask_of,
+        )
 
 
 _WITH_BOUNDARY: dict[str, type[PanopticTask | InstanceTask]] = {
@@ -311,7 +366,8 @@ def _names(categories: Sequence[Category]) -> list[str]:
     return distinct_names([c.name for c in categories], [c.id for c in categories])
 
 
-def _labels(result: Result) -> Any:
-    """(H, W) labels with the best scores."""
+def _labels(result: Result) -> npt.NDArray[np.integer]:
+    """(H, W) labels, those with the best scores."""
     assert result.semantic is not None
-    return result.semantic.argmax(0).cpu().numpy()
+    labels = result.semantic if result.semantic.ndim == 2 else result.semantic.argmax(0)
+    return labels.cpu().numpy()

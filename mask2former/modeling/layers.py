@@ -1,6 +1,7 @@
 """Small parts that several modules share."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +36,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.convolution(x, self.weight, self.bias, stride=self.stride, padding=_numbers(self.padding))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast switched off; nothing on the meta device, which has none and for which PyTorch refuses the question."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class ConvNorm(nn.Conv2d):
