@@ -150,9 +150,9 @@ def measure(case: Case, limit_gib: float) -> int | None:
 
 
 def rows(part: str, targets: int, args: argparse.Namespace) -> None:
-    """Print the lines of one part: all four combinations, points first."""
+    """Print the lines of one part."""
     reference = None
-    for match_on, loss_on in itertools.product(MASK_PARTS, MASK_PARTS):
+    for match_on, loss_on in (combination.split("/") for combination in args.combinations):
         peak = measure(Case(part, targets, args.size, match_on, loss_on, args.device), args.limit_gib)
         reference = peak if (match_on, loss_on) == ("points", "points") else reference
         ratio = f"{peak / reference:.1f}" if peak and reference else ""
@@ -166,6 +166,10 @@ def main() -> None:
     known = ("loss", "logits", *MODELS)
     parser.add_argument("--parts", nargs="+", choices=known, default=list(known))
     parser.add_argument("--targets", nargs="+", type=int, default=[20, 40], metavar="N", help="in the image")
+    combinations = [f"{match_on}/{loss_on}" for match_on, loss_on in itertools.product(MASK_PARTS, MASK_PARTS)]
+    parser.add_argument(
+        "--combinations", nargs="+", choices=combinations, default=combinations, help="what matching/losses look at"
+    )
     parser.add_argument("--size", type=int, default=1024, help="of the image, a multiple of 32; default 1024")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-gib", type=float, default=16.0, help="of memory of a CPU case, default 16")
