@@ -40,8 +40,8 @@ from mask2former.modeling.structures import MaskPrediction
 from mask2former.ops import _extension
 
 CLASSES, THINGS = 133, 80
-# overlaps of random masks are larger than those of a trained model: with 0.8 hardly a segment would be left
-THRESHOLDS = {"object_mask_threshold": 0.8, "overlap_threshold": 0.3}
+# masks of random weights overlap more than a trained model's: with 0.8, the default, hardly a segment would be left
+THRESHOLDS = {"object_mask_threshold": 0.8, "overlap_threshold": 0.0}
 SURE_QUERIES = 20
 SIGMAS_BELOW_ZERO = 2  # of a mask logit's mean, in its standard deviations
 TUNING_SIZE = (256, 256)  # of the picture that the heads are set with
