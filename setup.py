@@ -281,6 +281,7 @@ setup(
         "evaluation": requirements("requirements-evaluation.txt"),
         "export": requirements("requirements-export.txt"),
         "large": requirements("requirements-large.txt"),
+        "timm": requirements("requirements-timm.txt"),
         "train": requirements("requirements-train.txt"),
     },
     zip_safe=False,

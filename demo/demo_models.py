@@ -89,7 +89,7 @@ def _name(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace) -> Predictor:
     import torch
 
-    from mask2former.predictor import device_problem
+    from mask2former.devices import device_problem
 
     try:
         import cv2  # noqa: F401
@@ -134,5 +134,5 @@ def _predictor_from_config(config_file: Path, overrides: Sequence[str], device: 
         )
     try:
         return predictor_from_config(get_config(config_file, ["MODEL.DEVICE", device, *overrides]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ModuleNotFoundError, ValueError) as error:
         raise CommandError(f"--config-file {config_file} cannot be used: {error}") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from mask2former.modeling.backbones import ResNet, SwinTransformer
+from mask2former.modeling.backbones import ResNet, SwinTransformer, TimmBackbone, TimmPyramid
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.mask2former import ALL_LEVELS, ENCODED, PIXEL_EMBEDDING, Mask2Former, SegmentationHead
 from mask2former.modeling.per_pixel import PixelClassifier, PixelCriterion
@@ -17,12 +17,18 @@ from mask2former.modeling.pixel_decoders import (
     SemanticFPNPixelDecoder,
     TransformerEncoderPixelDecoder,
 )
+from mask2former.modeling.precision import Precision
 from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder, StandardDecoder
 
 Architecture = dict[str, dict[str, Any]]
 """Keyword arguments of every part, by part, as `mask2former.config.architecture_arguments` gives them."""
 
-_BACKBONES: dict[str, type[nn.Module]] = {"resnet": ResNet, "swin": SwinTransformer}
+_BACKBONES: dict[str, type[nn.Module]] = {
+    "resnet": ResNet,
+    "swin": SwinTransformer,
+    "timm": TimmBackbone,
+    "timm_pyramid": TimmPyramid,
+}
 _PIXEL_DECODERS: dict[str, type[nn.Module]] = {
     "deformable": DeformablePixelDecoder,
     "fpn": FPNPixelDecoder,
@@ -87,15 +93,17 @@ def preset(name: str, *, num_classes: int, num_queries: int = 100) -> Architectu
     }
 
 
-def build_model(architecture: Architecture) -> Mask2Former:
+def build_model(architecture: Architecture, precision: Precision | None = None) -> Mask2Former:
     """Build a model with random weights, in training mode.
 
     Args:
         architecture: from `preset`, a config or a model file; not changed.
+        precision: what to compute in, see `Mask2Former.precision`.
 
     Raises:
-        ValueError: if a part is missing or its name is unknown.
+        ValueError: if a part is missing, its name is unknown, or ``precision`` is another word.
         TypeError: if a part has an argument that its class does not know.
+        ModuleNotFoundError: if the backbone is one of timm, which is not installed.
     """
     missing = {"backbone", "pixel_decoder", "transformer_decoder", "criterion", "input"} - set(architecture)
     if missing:
@@ -124,6 +132,7 @@ def build_model(architecture: Architecture) -> Mask2Former:
         backbone=backbone,
         sem_seg_head=SegmentationHead(pixel_decoder=pixel_decoder, predictor=predictor, in_feature=in_feature),
         criterion=build_criterion(architecture["criterion"]),
+        precision=precision,
         **settings,
     )
 

@@ -41,6 +41,8 @@ __all__ = [
 # One name for all metadata: safetensors stores several in random order, but equal models give equal files.
 METADATA_KEY = "mask2former"
 
+_OF_TIMM = "backbone.model."  # where a backbone of timm has timm's names
+
 
 class ShapeMismatch(NamedTuple):
     """A tensor that has one shape in the file and another in the model."""
@@ -138,7 +140,8 @@ def load_model_file(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no model file, is damaged or has another version; names the file.
+        ValueError: if it is no model file, is damaged or has another version, or its backbone is one of timm, which
+            is not installed; names the file.
     """
     tensors, metadata = _read_model_file(Path(path))
     if METADATA_KEY not in metadata:
@@ -151,7 +154,7 @@ def load_model_file(
         with _AtMost(2 * sum(tensor.numel() for tensor in tensors.values()) + 100_000):
             model = _build(description.architecture)
         matched, report = _fit(model, tensors)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, ModuleNotFoundError, RuntimeError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} has a description that cannot be used: {reason}") from error
     if not report.complete:
@@ -203,7 +206,8 @@ def load_weights(
     A wrapping ``{"model": ...}`` and a leading ``module.`` of all names are taken off. Names are the published ones,
     which are also Detectron2's; those of transformers' Mask2FormerForUniversalSegmentation, which are recognised and
     translated; or those of the first published releases. A backbone's own weights go into ``model.backbone``, or into
-    the whole model if the file has Detectron2's mark (``matching_heuristics``).
+    the whole model if the file has Detectron2's mark (``matching_heuristics``); those of a model of timm go into the
+    timm backbone.
 
     Args:
         model: a model or a part of one.
@@ -250,8 +254,8 @@ def state_for(model: nn.Module, content: Mapping[str, Any], where: str) -> tuple
             return naming, to_published(state, known)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    if content.get("matching_heuristics"):
-        state = {f"backbone.{name}" if f"backbone.{name}" in known else name: t for name, t in state.items()}
+    for prefix in ("backbone.", _OF_TIMM) if content.get("matching_heuristics") else (_OF_TIMM,):
+        state = {f"{prefix}{name}" if f"{prefix}{name}" in known else name: t for name, t in state.items()}
     return naming, Renamed(state, ())
 
 
@@ -278,7 +282,7 @@ class _AtMost(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.ones, torch.zeros):
+        if func in (torch.empty, torch.ones, torch.zeros) and not result.is_meta:
             self._left -= result.numel()  # memory that nobody has written to is not taken yet
             if self._left < 0:
                 raise ValueError("it describes a larger model than the file holds")

@@ -9,7 +9,7 @@ value, for a setting that this project does not have: each key of `DEFAULTS` is 
 from typing import Any
 
 from mask2former.config_keys import DEFAULTS as DEFAULTS
-from mask2former.config_model import backbone_arguments, decoder_arguments
+from mask2former.config_model import IMAGE_FORMATS, TIMM_BACKBONES, backbone_arguments, decoder_arguments
 from mask2former.config_model import bifpn_arguments as bifpn_arguments
 from mask2former.config_model import criterion_arguments as criterion_arguments
 from mask2former.config_model import encoder_fpn_arguments as encoder_fpn_arguments
@@ -19,11 +19,14 @@ from mask2former.config_model import pixel_decoder_arguments as pixel_decoder_ar
 from mask2former.config_model import resnet_arguments as resnet_arguments
 from mask2former.config_model import standard_decoder_arguments as standard_decoder_arguments
 from mask2former.config_model import swin_arguments as swin_arguments
+from mask2former.config_model import timm_arguments as timm_arguments
+from mask2former.config_model import timm_pyramid_arguments as timm_pyramid_arguments
 from mask2former.config_model import transformer_decoder_arguments as transformer_decoder_arguments
-from mask2former.config_values import at_least, one_of, require
+from mask2former.config_values import at_least, one_of, require, value_of
+from mask2former.modeling.backbones.timm_backbone import normalization
+from mask2former.modeling.precision import PRECISIONS
 
-_BACKBONE_STRIDE = 32  # of res5, in both backbones
-_FORMATS = ("RGB", "BGR")
+_BACKBONE_STRIDE = 32  # of res5, in all backbones
 _FLIPS = ("horizontal", "vertical", "none")
 _CROPS = ("absolute", "absolute_range", "relative", "relative_range")
 _MAPPERS = {
@@ -36,14 +39,43 @@ _MAPPERS = {
 
 
 def input_arguments(cfg: Any) -> dict[str, Any]:
-    """How a model takes its image. A negative MASK_FORMER.SIZE_DIVISIBILITY means the backbone's stride."""
+    """How a model takes its image. A negative MASK_FORMER.SIZE_DIVISIBILITY means the backbone's stride.
+
+    A backbone of timm must get its image as it was trained to, unless MODEL.TIMM.NORMALIZATION is "config".
+
+    Raises:
+        ModuleNotFoundError: if that is to be checked and timm is not installed.
+    """
+    if cfg.MODEL.BACKBONE.NAME in TIMM_BACKBONES and cfg.MODEL.TIMM.NORMALIZATION == "timm":
+        _check_normalization(cfg)
     divisibility = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
     return {
         "pixel_mean": list(cfg.MODEL.PIXEL_MEAN),
         "pixel_std": list(cfg.MODEL.PIXEL_STD),
         "size_divisibility": _BACKBONE_STRIDE if divisibility < 0 else divisibility,
-        "image_format": one_of(cfg, "INPUT.FORMAT", _FORMATS),
+        "image_format": one_of(cfg, "INPUT.FORMAT", IMAGE_FORMATS),
     }
+
+
+def _check_normalization(cfg: Any) -> None:
+    """Refuse another mean or standard deviation than timm's: what the config says is what the model gets."""
+    name, order = cfg.MODEL.TIMM.NAME, cfg.INPUT.FORMAT
+    for part, wanted in normalization(name, order).items():
+        key = f"MODEL.{part.upper()}"
+        value = value_of(cfg, key)
+        if len(value) != 3 or max(abs(a - b) for a, b in zip(value, wanted, strict=True)) > 1e-3:
+            raise ValueError(
+                f"{key} must be {wanted}, in INPUT.FORMAT {order} what MODEL.TIMM.NAME {name} was trained with, got "
+                f"{value}; MODEL.TIMM.NORMALIZATION 'config' takes any"
+            )
+
+
+def precision_arguments(cfg: Any) -> dict[str, Any]:
+    """MODEL.MASK_FORMER.PRECISION: the numerical mode of training and inference; None: as published."""
+    value = cfg.MODEL.MASK_FORMER.PRECISION
+    if value not in ("", *PRECISIONS):
+        raise ValueError(f"MODEL.MASK_FORMER.PRECISION must be one of {', '.join(PRECISIONS)} or empty, got {value!r}")
+    return {"precision": value or None}
 
 
 def inference_arguments(cfg: Any) -> dict[str, Any]:
@@ -86,7 +118,7 @@ def mapper_arguments(cfg: Any) -> dict[str, Any]:
         "source": source,
         "recipe": recipe,
         "augmentation": _lsj_arguments(cfg) if is_lsj else _resize_crop_color_arguments(cfg, source),
-        "image_format": one_of(cfg, "INPUT.FORMAT", _FORMATS),
+        "image_format": one_of(cfg, "INPUT.FORMAT", IMAGE_FORMATS),
         "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
         "ignore_label": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         "size_divisibility": -1 if is_lsj else cfg.INPUT.SIZE_DIVISIBILITY,
@@ -191,11 +223,18 @@ def clip_arguments(cfg: Any) -> dict[str, Any]:
 
 
 def step_arguments(cfg: Any) -> dict[str, Any]:
-    """How one optimizer step is computed: batches that it sums up, and the autocast type (None: float32)."""
+    """How one optimizer step is computed.
+
+    Returns:
+        accumulation_steps: batches that it sums up. amp_dtype: the autocast type around the model, None for none.
+        precision: the mode that the model itself computes in, None for none; it takes the place of SOLVER.AMP.
+    """
     dtype = one_of(cfg, "SOLVER.AMP.DTYPE", ("float16", "bfloat16"))
+    precision = precision_arguments(cfg)["precision"]
     return {
         "accumulation_steps": at_least(cfg, "SOLVER.ACCUMULATION_STEPS", 1),
-        "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED else None,
+        "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED and precision is None else None,
+        "precision": precision,
     }
 
 

@@ -45,6 +45,12 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.SWIN.PATCH_NORM": True,
     "MODEL.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.SWIN.USE_CHECKPOINT": False,
+    "MODEL.TIMM.NAME": "",  # new, as all of MODEL.TIMM; see docs/backbones.md
+    "MODEL.TIMM.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.TIMM.DROP_PATH_RATE": 0.0,
+    "MODEL.TIMM.FROZEN": False,
+    "MODEL.TIMM.NORMALIZATION": "timm",
+    "MODEL.TIMM.PYRAMID_CHANNELS": 256,
     "MODEL.SEM_SEG_HEAD.MASK_DIM": 256,
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 0,
     "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder",
@@ -80,6 +86,7 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.MASK_FORMER.DECODER_DROPOUT": 0.0,
     "MODEL.MASK_FORMER.MATCH_ON": "points",
     "MODEL.MASK_FORMER.LOSS_ON": "points",
+    "MODEL.MASK_FORMER.PRECISION": "",  # new; empty: as published
     "MODEL.MASK_FORMER.TEST.DECODER_LAYERS": -1,  # new; negative: all
     "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": True,
     "MODEL.MASK_FORMER.TEST.INSTANCE_ON": False,

@@ -8,6 +8,8 @@ from mask2former.modeling.criterion import MASK_PARTS
 from mask2former.modeling.mask2former import ENCODED, PIXEL_EMBEDDING
 from mask2former.modeling.transformer_decoders.masked_attention import CROSS_ATTENTIONS, FEATURE_SCALES
 
+TIMM_BACKBONES = ("TimmBackbone", "TimmSimplePyramid")
+IMAGE_FORMATS = ("RGB", "BGR")
 PER_PIXEL = "PerPixelBaselineHead"
 PER_PIXEL_PLUS = "PerPixelBaselinePlusHead"
 _MASKS = "MaskFormerHead"
@@ -96,6 +98,26 @@ def swin_arguments(cfg: Any) -> dict[str, Any]:
         "out_features": subset_of(cfg, "MODEL.SWIN.OUT_FEATURES", _STAGES),
         "use_checkpoint": swin.USE_CHECKPOINT,
     }
+
+
+def timm_arguments(cfg: Any) -> dict[str, Any]:
+    """MODEL.TIMM -> arguments of the core's backbone of timm."""
+    one_of(cfg, "MODEL.TIMM.NORMALIZATION", ("timm", "config"))  # `input_arguments` obeys it
+    timm = cfg.MODEL.TIMM
+    if not 0 <= timm.DROP_PATH_RATE < 1:
+        raise ValueError(f"MODEL.TIMM.DROP_PATH_RATE must be at least 0 and below 1, got {timm.DROP_PATH_RATE!r}")
+    return {
+        "model_name": timm.NAME,
+        "out_features": subset_of(cfg, "MODEL.TIMM.OUT_FEATURES", _STAGES),
+        "drop_path_rate": float(timm.DROP_PATH_RATE),
+        "frozen": timm.FROZEN,
+        "image_format": one_of(cfg, "INPUT.FORMAT", IMAGE_FORMATS),
+    }
+
+
+def timm_pyramid_arguments(cfg: Any) -> dict[str, Any]:
+    """MODEL.TIMM -> arguments of the core's plain vision transformer of timm with a simple feature pyramid."""
+    return {**timm_arguments(cfg), "pyramid_channels": at_least(cfg, "MODEL.TIMM.PYRAMID_CHANNELS", 1)}
 
 
 def pixel_decoder_arguments(cfg: Any) -> dict[str, Any]:
@@ -296,7 +318,12 @@ def criterion_arguments(cfg: Any) -> dict[str, Any]:
     }
 
 
-_BACKBONES = {"build_resnet_backbone": ("resnet", resnet_arguments), "D2SwinTransformer": ("swin", swin_arguments)}
+_BACKBONES = {
+    "build_resnet_backbone": ("resnet", resnet_arguments),
+    "D2SwinTransformer": ("swin", swin_arguments),
+    "TimmBackbone": ("timm", timm_arguments),
+    "TimmSimplePyramid": ("timm_pyramid", timm_pyramid_arguments),
+}
 _PIXEL_DECODERS = {
     "MSDeformAttnPixelDecoder": ("deformable", pixel_decoder_arguments),
     "BasePixelDecoder": ("fpn", fpn_arguments),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mask2former.checkpoint import category_names, match_names, shortened, state_for
+from mask2former.modeling.backbones.timm_backbone import WEIGHTS_SCHEME, pretrained_weights
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.weight_files import read_safetensors, read_weights
 
@@ -117,7 +118,8 @@ def load_start(
 
     Args:
         model: freshly built; what is not copied stays as it is.
-        source: as of `mask2former.checkpoint.load_weights`.
+        source: as of `mask2former.checkpoint.load_weights`; or ``timm://`` and the name of a model of timm, for the
+            weights that timm publishes.
         categories: names of the model's K classes, None for a class that has none; None: not known.
         source_categories: names of the classes that the weights were trained on (MODEL.WEIGHTS_DATASET); None: those
             that the file has itself, if it has any.
@@ -127,6 +129,8 @@ def load_start(
         ValueError: if the file cannot be read as weights, has no tensor that the model could take, or a tensor has a
             shape for which there is no rule above; or if there is not one name for each class. The model is as it
             was then.
+        OSError: if timm's weights cannot be fetched.
+        ModuleNotFoundError: if they are wanted, and timm is not installed.
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     content, own_names = _read(source)
@@ -170,6 +174,8 @@ def load_start(
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], Sequence[str | None] | None]:
     """A state dict, perhaps wrapped, and the names of its classes where they are known."""
+    if isinstance(source, str) and source.startswith(WEIGHTS_SCHEME):
+        return pretrained_weights(source.removeprefix(WEIGHTS_SCHEME)), None
     if isinstance(source, str | Path) and Path(source).suffix == ".safetensors":
         tensors, metadata = read_safetensors(Path(source))
         return tensors, category_names(metadata, str(source))

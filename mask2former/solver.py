@@ -17,7 +17,8 @@ _NORMS = (
     nn.LocalResponseNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
-_POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
+_POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed")
+_AFTER_BACKBONE = "backbone.pyramid"  # of a plain vision transformer, which no pretrained weights hold
 
 
 def parameter_groups(
@@ -36,8 +37,9 @@ def parameter_groups(
         base_lr: learning rate.
         weight_decay: of everything but the following.
         weight_decay_norm: of normalisations.
-        weight_decay_embed: of `torch.nn.Embedding`. Swin's position tables always have 0.
-        backbone_multiplier: factor on the learning rate of the backbone.
+        weight_decay_embed: of `torch.nn.Embedding`. Position tables of backbones always have 0.
+        backbone_multiplier: factor on the learning rate of the backbone, but for a simple feature pyramid in it, which
+            no pretrained weights hold.
 
     Returns:
         Dicts with "params", "lr" and "weight_decay", in the order of first appearance.
@@ -56,7 +58,8 @@ def parameter_groups(
                 decay = weight_decay_norm
             elif isinstance(module, nn.Embedding):
                 decay = weight_decay_embed
-            lr = base_lr * backbone_multiplier if "backbone" in module_name else base_lr
+            is_backbone = "backbone" in module_name and _AFTER_BACKBONE not in module_name
+            lr = base_lr * backbone_multiplier if is_backbone else base_lr
             groups.setdefault((lr, decay), []).append(parameter)
     return [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
 
@@ -64,17 +67,24 @@ def parameter_groups(
 def make_optimizer(
     model: nn.Module, *, optimizer: str, base_lr: float, momentum: float, **group_settings: float
 ) -> torch.optim.Optimizer:
-    """AdamW ("ADAMW") or SGD ("SGD") over `parameter_groups`.
+    """AdamW ("ADAMW", in one pass over the memory) or SGD ("SGD") over `parameter_groups`.
 
     Raises:
         ValueError: if ``optimizer`` is another name.
     """
     groups = parameter_groups(model, base_lr=base_lr, **group_settings)
     if optimizer == "ADAMW":
-        return torch.optim.AdamW(groups, lr=base_lr)
+        adamw = torch.optim.AdamW(groups, lr=base_lr, fused=True)
+        adamw.register_load_state_dict_pre_hook(_keep_fused)
+        return adamw
     if optimizer == "SGD":
         return torch.optim.SGD(groups, lr=base_lr, momentum=momentum)
     raise ValueError(f"optimizer must be 'ADAMW' or 'SGD', got {optimizer!r}")
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer that was not fused, as of an earlier version, would switch this off."""
+    return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], *, type: str, value: float, norm_type: float) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mask2former import config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -20,6 +22,8 @@ LEAFS = [CONFIGS / row["config"] for row in ROWS]
 TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
     config.resnet_arguments,
     config.swin_arguments,
+    config.timm_arguments,
+    config.timm_pyramid_arguments,
     config.pixel_decoder_arguments,
     config.fpn_arguments,
     config.encoder_fpn_arguments,
@@ -28,6 +32,7 @@ TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
     config.criterion_arguments,
     config.input_arguments,
     config.inference_arguments,
+    config.precision_arguments,
     config.evaluation_arguments,
     config.mapper_arguments,
     config.custom_dataset_arguments,
@@ -68,6 +73,12 @@ INPUT:
 def name_of(path: Path) -> str:
     """A file's path below configs/."""
     return path.relative_to(CONFIGS).as_posix()
+
+
+def skip_without_timm(path: Path) -> None:
+    """Skip the test of a config that describes a backbone of timm where that is not installed."""
+    if path.name.startswith("backbone_timm_"):
+        pytest.importorskip("timm", reason="timm is not installed (requirements-timm.txt)")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mask2former.modeling.per_pixel import PixelClassifier, PixelCriterion
 from mask2former.predictor import Predictor, SemanticPicture
 from mask2former.tta import TestAugmentation, augmented_result
 from tests import tiny
-from tests.configs import ABLATIONS, name_of
+from tests.configs import ABLATIONS, name_of, skip_without_timm
 
 PYRAMID = {"conv_dim": 32, "mask_dim": 24}
 PIXEL_DECODERS: dict[str, dict[str, Any]] = {
@@ -149,6 +149,7 @@ def test_criteria_by_name() -> None:
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
 def test_the_embedded_engine_builds_every_config(path: Path) -> None:
+    skip_without_timm(path)
     with torch.device("meta"):
         model = build_model(architecture_arguments(get_config(path)))
     head = model.sem_seg_head

@@ -71,12 +71,16 @@ def test_every_fragment_is_used() -> None:
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
-def test_ablation_changes_decoders_and_head_of_a_published_config_only(path: Path) -> None:
+def test_ablation_changes_one_part_of_a_published_config_only(path: Path) -> None:
+    """The backbone and the weights that it starts from, or decoders and head."""
+    is_backbone = path.name.startswith("backbone_")
+    of_head = ("MODEL.SEM_SEG_HEAD.", "MODEL.MASK_FORMER.")
+    parts = ("MODEL.BACKBONE.", "MODEL.TIMM.", "MODEL.WEIGHTS") if is_backbone else of_head
     (published,) = (base for base in LEAFS if base.parent.parts[-2:] == path.parent.parts[-2:] and "_R50_" in base.name)
     own, rest = resolved_keys(path), resolved_keys(published)
     changed = {key for key in own if own[key] != rest.get(key)}
     assert rest.keys() <= own.keys()
-    assert changed and all(key.startswith(("MODEL.SEM_SEG_HEAD.", "MODEL.MASK_FORMER.")) for key in changed)
+    assert changed and all(key.startswith(parts) for key in changed)
 
 
 def test_ablations_are_listed_with_the_numbers_of_the_paper() -> None:

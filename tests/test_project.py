@@ -17,7 +17,7 @@ import mask2former
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_FILE = 8_500_000
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "demo/README.md", ROOT / "datasets/README.md"])
-EXAMPLES = [ROOT / "README.md", ROOT / "docs/extending.md", ROOT / "docs/predictor.md"]
+EXAMPLES = [ROOT / "README.md", ROOT / "docs/backbones.md", ROOT / "docs/extending.md", ROOT / "docs/predictor.md"]
 
 
 def name_of(path):
@@ -84,6 +84,8 @@ def test_named_configs_and_programs_exist(document):
 
 @pytest.mark.parametrize("document", EXAMPLES, ids=name_of)
 def test_examples_run(document):
+    if document.stem == "backbones":
+        pytest.importorskip("timm", reason="timm is not installed (requirements-timm.txt)")
     blocks = blocks_of(document, detectron2=False)
     assert blocks
     run(sys.executable, "-c", "\n".join(blocks), cwd=ROOT, env=with_path(ROOT))
@@ -208,9 +210,11 @@ def test_requirements_cover_the_imports(environment):
     for_large = {name for name in modules_of(environment, "requirements-large.txt") if is_module(name)}
     assert imports_of((ROOT / "mask2former/tiling").glob("*.py")) >= for_large
     for_export = modules_of(environment, "requirements-export.txt")
-    for_evaluation = modules_of(environment, "requirements-evaluation.txt")
+    for_timm = {name for name in modules_of(environment, "requirements-timm.txt") if is_module(name)}
+    assert imports_of((ROOT / "mask2former/modeling/backbones").glob("*.py")) >= for_timm
+    optional = for_export | modules_of(environment, "requirements-evaluation.txt")
     # torchvision is used where it is, see mask2former/ops/deform_conv.py
-    assert listed <= imports_of(core) - for_large - {"torchvision"} <= listed | for_export | for_evaluation
+    assert listed <= imports_of(core) - for_large - for_timm - {"torchvision"} <= listed | optional
     for_training = modules_of(environment, "requirements-train.txt")
     assert imports_of(engine) - listed - {"wandb"} == for_training - {"tensorboard"}  # torch imports TensorBoard
 

@@ -29,6 +29,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "drop_path_rate": 0.0,
     },
     "resnet": {"name": "resnet", "depth": 50, "stem_out_channels": 8, "res2_out_channels": 16},
+    "timm": {"name": "timm", "model_name": "test_convnext.r160_in1k"},  # for tests that have timm, and the next
+    "timm_pyramid": {"name": "timm_pyramid", "model_name": "test_vit.r160_in1k", "pyramid_channels": 32},
 }
 
 

@@ -1,6 +1,6 @@
 """Mask2Former as a Detectron2 extension: importing this package registers its parts and its data sets."""
 
-from mask2former.d2.backbones import D2SwinTransformer
+from mask2former.d2.backbones import D2SwinTransformer, TimmBackbone, TimmSimplePyramid
 from mask2former.d2.config import add_maskformer2_config, get_config
 from mask2former.d2.data import MaskFormerDatasetMapper, register_datasets
 from mask2former.d2.heads import (
@@ -40,6 +40,8 @@ __all__ = [
     "SemanticFPNPixelDecoder",
     "SemanticSegmentorWithTTA",
     "StandardTransformerDecoder",
+    "TimmBackbone",
+    "TimmSimplePyramid",
     "Trainer",
     "TransformerEncoderPixelDecoder",
     "add_maskformer2_config",

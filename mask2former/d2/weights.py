@@ -11,6 +11,7 @@ from torch import nn
 from mask2former import finetune
 from mask2former.config import start_arguments
 from mask2former.data import catalog
+from mask2former.modeling.backbones.timm_backbone import WEIGHTS_SCHEME
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ class StartCheckpointer(DetectionCheckpointer):
         if dataset is not None and self._source_categories is None:
             rule = "must be a registered data set with names of its classes"
             raise ValueError(f"MODEL.WEIGHTS_DATASET {rule}, got {dataset!r}")
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """As Detectron2's, and ``timm://`` with the name of a model for the weights that timm publishes."""
+        if not path.startswith(WEIGHTS_SCHEME):
+            return super().load(path, checkpointables)
+        self._load_model({"model": path})
+        return {}
 
     def _load_file(self, filename: str) -> Any:
         # a model file is read, with the names in it, by the core

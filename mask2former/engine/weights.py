@@ -14,6 +14,7 @@ from mask2former.config import start_arguments
 from mask2former.data import catalog
 from mask2former.engine.data import class_names
 from mask2former.engine.yaml_files import ConfigError
+from mask2former.modeling.backbones.timm_backbone import WEIGHTS_SCHEME
 from mask2former.modeling.mask2former import Mask2Former
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ def load_start(model: Mask2Former, cfg: Any) -> None:
     """Load MODEL.WEIGHTS for a training, see `mask2former.finetune.load_start`, and log what became of each tensor.
 
     Raises:
-        ConfigError: if the file is missing, cannot be read or does not fit, or MODEL.WEIGHTS_DATASET is not known.
+        ConfigError: if the file is missing, cannot be read or does not fit, timm's weights cannot be fetched, or
+            MODEL.WEIGHTS_DATASET is not known.
     """
     arguments = start_arguments(cfg)
     weights = arguments["weights"]
@@ -33,9 +35,10 @@ def load_start(model: Mask2Former, cfg: Any) -> None:
         logger.info("MODEL.WEIGHTS is empty: training starts from random weights")
         return
     names, source_names = class_names(cfg), _names_of(arguments["source_dataset"])
+    source = weights if weights.startswith(WEIGHTS_SCHEME) else local_file(weights)
     try:
-        report = finetune.load_start(model, local_file(weights), categories=names, source_categories=source_names)
-    except (FileNotFoundError, ValueError) as error:
+        report = finetune.load_start(model, source, categories=names, source_categories=source_names)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"MODEL.WEIGHTS: {error}") from error
     level = logging.WARNING if report.needs_attention else logging.INFO
     logger.log(level, "MODEL.WEIGHTS %s: %s", weights, report)

@@ -1,7 +1,7 @@
 """The training loss: matching, class loss and mask losses with deep supervision (paper section 3.3)."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -9,33 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask2former.modeling.layers import at_least_float32
-from mask2former.modeling.losses import dice, sigmoid_cross_entropy
+from mask2former.modeling.losses import dice, losses_of_sums, sigmoid_cross_entropy
 from mask2former.modeling.matcher import HungarianMatcher
-from mask2former.modeling.point_sampling import sample_logits, sample_masks, sample_uncertain_points
-from mask2former.modeling.structures import MaskPrediction, MaskTarget
+from mask2former.modeling.point_sampling import sample_masks, sample_uncertain_points
+from mask2former.modeling.predicted_masks import Pairs, PredictedMasks, make_pairs, predicted_masks
+from mask2former.modeling.structures import MaskPrediction, MaskTarget, QueryPrediction
 from mask2former.modeling.whole_masks import whole_logits, whole_masks
+from mask2former.ops.mask_points import mask_loss_sums
 
 MaskPart = Literal["points", "masks"]
 MASK_PARTS: tuple[MaskPart, ...] = get_args(MaskPart)
 
 
-class _Pairs(NamedTuple):
-    """Matched pairs of all layers and images, sorted by image; each field is (T,) int64 on the CPU.
-
-    They stay there, where the matcher made them, so that sizes derived from them cost no synchronisation.
-    """
-
-    layer: Tensor
-    image: Tensor
-    query: Tensor
-    target: Tensor
+_ACCELERATOR_LOGITS = 1 << 26  # read at points at a time: 256 MiB; on a CPU one layer, which stays in its cache
 
 
 class SetCriterion(nn.Module):
     """Losses of a set of predictions against a set of targets.
 
     All layers and images go through the same few operations; targets stay bool, are never padded and are only
-    read at the sampled points, unless whole masks are asked for.
+    read at the sampled points, unless whole masks are asked for. Of predictions without masks only the matched ones
+    are made.
     """
 
     empty_weight: Tensor
@@ -94,7 +88,7 @@ class SetCriterion(nn.Module):
 
     def forward(
         self,
-        predictions: Sequence[MaskPrediction],
+        predictions: Sequence[MaskPrediction | QueryPrediction],
         targets: Sequence[MaskTarget],
         canvas: tuple[int, int],
         generator: torch.Generator | None = None,
@@ -119,9 +113,10 @@ class SetCriterion(nn.Module):
         images = len(predictions[-1].class_logits)
         check_targets(targets, images=images, canvas=canvas, num_classes=self.num_classes)
         class_logits = torch.stack([at_least_float32(p.class_logits) for p in predictions])  # (layers, B, Q, K+1)
-        pairs = self._match(predictions, class_logits, targets, canvas, generator)
+        masks = predicted_masks(predictions)
+        pairs = self._match(masks, class_logits, targets, canvas, generator)
         class_loss = self._class_loss(class_logits, targets, pairs)
-        mask_loss, dice_loss = self._mask_losses(predictions, targets, canvas, pairs, generator)
+        mask_loss, dice_loss = self._mask_losses(masks, targets, canvas, pairs, generator)
         losses = {}
         for layer in range(len(predictions)):
             suffix = "" if layer == len(predictions) - 1 else f"_{layer}"
@@ -137,33 +132,28 @@ class SetCriterion(nn.Module):
     @torch.no_grad()
     def _match(
         self,
-        predictions: Sequence[MaskPrediction],
+        predicted: PredictedMasks,
         class_logits: Tensor,
         targets: Sequence[MaskTarget],
         canvas: tuple[int, int],
         generator: torch.Generator | None,
-    ) -> _Pairs:
-        B, device = class_logits.shape[1], class_logits.device
+    ) -> Pairs:
+        B, Q, device = *class_logits.shape[1:3], class_logits.device
         if self.match_on == "masks":
             matched = self.matcher.assign(
-                self._whole_costs(predictions, class_logits, targets, canvas), [len(t.labels) for t in targets]
+                self._whole_costs(predicted, class_logits, targets, canvas), [len(t.labels) for t in targets]
             )
         else:
             points = torch.rand(B, self.num_points, 2, device=device, generator=generator)
-            logits = torch.stack([sample_logits(p.mask_logits, points) for p in predictions])  # (layers, B, Q, P)
+            layers = 1 if device.type == "cpu" else max(1, _ACCELERATOR_LOGITS // (B * Q * self.num_points))
             labels = [t.labels for t in targets]
             masks = [sample_masks(t.masks, points[b], canvas) for b, t in enumerate(targets)]  # (N_b, P)
-            matched = self.matcher.match(class_logits, logits, labels, masks)
-        columns = [
-            torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query, target])
-            for image in range(B)
-            for layer, (query, target) in ((i, matched[i][image]) for i in range(len(matched)))
-        ]
-        return _Pairs(*torch.cat(columns, dim=1).unbind(0))
+            matched = self.matcher.match(class_logits, predicted.at_points(points, layers), labels, masks)
+        return make_pairs(matched, [len(t.labels) for t in targets], device)
 
     def _whole_costs(
         self,
-        predictions: Sequence[MaskPrediction],
+        predicted: PredictedMasks,
         class_logits: Tensor,
         targets: Sequence[MaskTarget],
         canvas: tuple[int, int],
@@ -175,62 +165,62 @@ class SetCriterion(nn.Module):
             if len(labels) == 0:
                 continue
             wanted = whole_masks(masks, canvas)  # (N, H * W)
-            for layer, prediction in enumerate(predictions):
-                logits = whole_logits(prediction.mask_logits[image], canvas)  # (Q, H * W)
+            for layer in range(len(class_logits)):
+                logits = whole_logits(predicted.of_image(layer, image), canvas)  # (Q, H * W)
                 found = self.matcher.cost(
                     class_logits[layer, image][None], logits[None], labels[None], wanted[None]
                 )  # (1, Q, N)
                 costs[layer, image, :, : len(labels)] = found[0]
         return costs
 
-    def _class_loss(self, class_logits: Tensor, targets: Sequence[MaskTarget], pairs: _Pairs) -> Tensor:
+    def _class_loss(self, class_logits: Tensor, targets: Sequence[MaskTarget], pairs: Pairs) -> Tensor:
         """(layers,): weighted cross-entropy over all queries, divided by the sum of the weights.
 
         The sum is the mean over all processes, so that several processes give the gradient that one gives with all
         their images, whatever the number of targets in each.
         """
         layers, B, Q = class_logits.shape[:3]
-        first = torch.tensor([0, *(len(t.labels) for t in targets)]).cumsum(0)
-        all_labels = torch.cat([t.labels for t in targets])
-        device = class_logits.device
-        wanted = torch.full((layers * B * Q,), self.num_classes, dtype=torch.int64, device=device)
-        place = (pairs.layer * B + pairs.image) * Q + pairs.query
-        wanted[place.to(device)] = all_labels[(first[pairs.image] + pairs.target).to(device)]
+        wanted = torch.full((layers * B * Q,), self.num_classes, dtype=torch.int64, device=class_logits.device)
+        wanted[(pairs.layer * B + pairs.image) * Q + pairs.query] = torch.cat([t.labels for t in targets])[pairs.label]
         loss = F.cross_entropy(class_logits.flatten(0, 2), wanted, self.empty_weight, reduction="none")
         weight = self.empty_weight[wanted]
         return loss.view(layers, -1).sum(1) / average_over_ranks(weight.view(layers, -1).sum(1))
 
     def _mask_losses(
         self,
-        predictions: Sequence[MaskPrediction],
+        predicted: PredictedMasks,
         targets: Sequence[MaskTarget],
         canvas: tuple[int, int],
-        pairs: _Pairs,
+        pairs: Pairs,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """((layers,), (layers,)): sums over the matched pairs, divided by the number of targets."""
-        mask_logits = _gather_pairs(predictions, pairs)  # (T, H/4, W/4)
-        counts = torch.bincount(pairs.image, minlength=len(targets)).tolist()
-        chosen = pairs.target.to(mask_logits.device).split(counts)
+        mask_logits = predicted.of_pairs(pairs)  # (T, H/4, W/4)
+        masks = [t.masks for t in targets]
         if self.loss_on == "masks":
+            chosen = zip(masks, pairs.target.split(pairs.counts), strict=True)
+            wanted = torch.cat([whole_masks(m[index], canvas) for m, index in chosen])
             logits = whole_logits(mask_logits, canvas)  # (T, P), with P = H * W
-            wanted = torch.cat([whole_masks(t.masks[index], canvas) for t, index in zip(targets, chosen, strict=True)])
+            wanted = wanted.to(logits.dtype)  # of float32 targets and float64 logits the loss would be float32
+            cross_entropy, overlap = sigmoid_cross_entropy(logits, wanted), dice(logits, wanted)  # (T,)
         else:
             points = self._points(mask_logits, generator)  # (T, P, 2)
-            wanted = torch.cat(
-                [
-                    sample_masks(t.masks, p, canvas, index)
-                    for t, p, index in zip(targets, points.split(counts), chosen, strict=True)
-                ]
-            )  # (T, P)
-            logits = sample_logits(mask_logits.unsqueeze(1), points).squeeze(1)  # (T, P)
-        wanted = wanted.to(logits.dtype)  # of float32 targets and float64 logits the loss would be float32
+            with torch.autocast(mask_logits.device.type, enabled=False):
+                sums = mask_loss_sums(
+                    at_least_float32(mask_logits),
+                    points,
+                    masks,
+                    counts=pairs.counts,
+                    index=pairs.target,
+                    canvas=canvas,
+                )
+                cross_entropy, overlap = losses_of_sums(sums, self.num_points)  # (T,)
         count = float(sum(len(t.labels) for t in targets))
-        num_masks = average_over_ranks(torch.full((), count, device=logits.device)).clamp(min=1)
-        zeros, layer = logits.new_zeros(len(predictions)), pairs.layer.to(logits.device)
+        num_masks = average_over_ranks(torch.full((), count, device=mask_logits.device)).clamp(min=1)
+        zeros = cross_entropy.new_zeros(pairs.layers)
         return (
-            zeros.index_add(0, layer, sigmoid_cross_entropy(logits, wanted)) / num_masks,
-            zeros.index_add(0, layer, dice(logits, wanted)) / num_masks,
+            zeros.index_add(0, pairs.layer, cross_entropy) / num_masks,
+            zeros.index_add(0, pairs.layer, overlap) / num_masks,
         )
 
     @torch.no_grad()
@@ -250,18 +240,6 @@ class SetCriterion(nn.Module):
         if saved is not None and saved.shape == self.empty_weight.shape:
             state_dict[prefix + "empty_weight"] = self.empty_weight.detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _gather_pairs(predictions: Sequence[MaskPrediction], pairs: _Pairs) -> Tensor:
-    """(T, H/4, W/4): mask logits of the matched queries, in the order of ``pairs``, without a dense stack."""
-    device = predictions[-1].mask_logits.device
-    parts, places = [], []
-    for layer, prediction in enumerate(predictions):
-        place = (pairs.layer == layer).nonzero().squeeze(1)
-        image, query = pairs.image[place].to(device), pairs.query[place].to(device)
-        parts.append(prediction.mask_logits[image, query])
-        places.append(place)
-    return torch.cat(parts)[torch.cat(places).argsort().to(device)]
 
 
 def check_targets(targets: Sequence[MaskTarget], *, images: int, canvas: tuple[int, int], num_classes: int) -> None:

@@ -1,11 +1,15 @@
 """Small parts that several modules share."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mask2former.ops import fused
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -13,11 +17,39 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class Linear(nn.Linear):
+    """A linear map with an optional activation, in one pass where `mask2former.ops.fused` can do that."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, activation: fused.Activation = "none"
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self._activation: fused.Activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Activation of the map of (…, C), plus ``residual``."""
+        return fused.linear(x, self.weight, self.bias, activation=self._activation, residual=residual)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution without dilation and groups, by `mask2former.ops.fused`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.convolution(x, self.weight, self.bias, stride=self.stride, padding=_numbers(self.padding))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast switched off; nothing on the meta device, which has none and for which PyTorch refuses the question."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class ConvNorm(nn.Conv2d):
-    """A convolution followed by an optional normalisation ``.norm`` and an optional activation.
+    """A convolution followed by an optional normalisation ``.norm``, residual and activation.
 
     The normalisation is a child of the convolution, so that state-dict names are ``conv.weight`` and
-    ``conv.norm.weight``, as in Detectron2.
+    ``conv.norm.weight``, as in Detectron2. If it is an affine map, it becomes part of the convolution where
+    `mask2former.ops.fused` computes this one. That is done anew in each call, a fiftieth of its time at most, so that
+    there is no copy that could be older than the weights.
     """
 
     def __init__(
@@ -38,11 +70,29 @@ class ConvNorm(nn.Conv2d):
         self._has_norm = norm is not None
         self._activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), and what is added before the activation, to (B, C', H', W')."""
+        affine = constant_affine(self.norm) if self._has_norm and fused.fuses(x) else None
+        if affine is not None:
+            return self._folded(x, *affine, residual)
+        x = fused.convolution(x, self.weight, self.bias, stride=self.stride, padding=_numbers(self.padding))
         if self._has_norm:
             x = self.norm(x)
+        if residual is not None:
+            x = x + residual
         return x if self._activation is None else self._activation(x)
+
+    def _folded(self, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+        weight = self.weight * scale[:, None, None, None]
+        bias = shift if self.bias is None else shift + self.bias * scale
+        padding, has_relu = _numbers(self.padding), self._activation in (F.relu, F.relu_)
+        x = fused.convolution(x, weight, bias, stride=self.stride, padding=padding, residual=residual, relu=has_relu)
+        return x if has_relu or self._activation is None else self._activation(x)
+
+
+def _numbers(padding: tuple[int, ...] | str) -> tuple[int, ...]:
+    assert not isinstance(padding, str)  # PyTorch's convolutions take words, too; none is used here
+    return padding
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -62,9 +112,21 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features) - eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
+        scale, shift = _affine(self)
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
+def constant_affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift, (C,) each, of a batch normalisation whose statistics are constant now; None of any other."""
+    if isinstance(norm, FrozenBatchNorm2d):
+        return _affine(norm)
+    is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    return _affine(norm) if is_batch_norm and not norm.training and norm.affine and norm.track_running_stats else None
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 class Attention(nn.Module):
@@ -110,7 +172,7 @@ class Attention(nn.Module):
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, length, C/M)
+            fused.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, length, C/M)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
         mask = None if attn_bias is None else attn_bias.to(q.dtype)

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from mask2former.ops.mask_points import sigmoid_and_softplus_sum
+
 
 def sigmoid_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of each row, mean over its points: (T, P), (T, P) in [0, 1] -> (T,)."""
@@ -16,21 +18,29 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (probability.sum(-1) + targets.sum(-1) + 1)
 
 
-def pairwise_sigmoid_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy of every row with every target: (..., Q, P), (..., N, P) -> (..., Q, N).
+def losses_of_sums(sums: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
+    """What `sigmoid_cross_entropy` and `dice` give, from the (T, 4) of `mask_loss_sums`: (T,) each."""
+    cross_entropy, overlap, predicted, wanted = sums.unbind(-1)
+    return cross_entropy / num_points, 1 - (2 * overlap + 1) / (predicted + wanted + 1)
 
-    With softplus(-x) = softplus(x) - x the two terms need one softplus and one matrix product.
+
+def pairwise_mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean binary cross-entropy and dice loss of every row with every target, without gradient.
+
+    With softplus(-x) = softplus(x) - x the two terms of the cross-entropy need one softplus and one matrix product.
+
+    Args:
+        logits: (..., Q, P) float32 or float64.
+        targets: (..., N, P) in [0, 1], of the same type.
+
+    Returns:
+        (..., Q, N) each.
     """
-    P = logits.shape[-1]
-    return (F.softplus(logits).sum(-1, keepdim=True) - logits @ targets.transpose(-1, -2)) / P
-
-
-def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
-    """Dice loss of every row with every target: (..., Q, P), (..., N, P) -> (..., Q, N)."""
-    probability = logits.sigmoid()
-    overlap = probability @ targets.transpose(-1, -2)  # (..., Q, N)
+    P, wanted = logits.shape[-1], targets.transpose(-1, -2)  # (..., P, N)
+    probability, softplus_sum = sigmoid_and_softplus_sum(logits)
+    cross_entropy = (softplus_sum.unsqueeze(-1) - logits @ wanted) / P
     total = probability.sum(-1).unsqueeze(-1) + targets.sum(-1).unsqueeze(-2)  # (..., Q, N)
-    return 1 - (2 * overlap + 1) / (total + 1)
+    return cross_entropy, 1 - (2 * (probability @ wanted) + 1) / (total + 1)
 
 
 def pairwise_class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:

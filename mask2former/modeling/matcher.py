@@ -1,7 +1,7 @@
 """Optimal assignment of targets to queries (paper section 3.3)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mask2former.modeling.layers import at_least_float32
-from mask2former.modeling.losses import pairwise_class_cost, pairwise_dice, pairwise_sigmoid_cross_entropy
+from mask2former.modeling.losses import pairwise_class_cost, pairwise_mask_costs
 
 _REPLACEMENT = 1e6  # larger than any real cost, small enough to add up without overflow
 
@@ -63,21 +63,23 @@ class HungarianMatcher:
         with torch.autocast(class_logits.device.type, enabled=False):
             logits = at_least_float32(mask_logits)
             targets = masks.to(logits.dtype)
-            return (
-                self.class_weight * pairwise_class_cost(at_least_float32(class_logits), labels)
-                + self.mask_weight * pairwise_sigmoid_cross_entropy(logits, targets)
-                + self.dice_weight * pairwise_dice(logits, targets)
-            )
+            classes = pairwise_class_cost(at_least_float32(class_logits), labels)
+            cross_entropy, dice = pairwise_mask_costs(logits, targets)
+            return self.class_weight * classes + self.mask_weight * cross_entropy + self.dice_weight * dice
 
     @torch.no_grad()
     def match(
-        self, class_logits: Tensor, mask_logits: Tensor, labels: Sequence[Tensor], masks: Sequence[Tensor]
+        self,
+        class_logits: Tensor,
+        mask_logits: Tensor | Iterable[Tensor],
+        labels: Sequence[Tensor],
+        masks: Sequence[Tensor],
     ) -> list[list[tuple[Tensor, Tensor]]]:
         """Match all layers of all images.
 
         Args:
             class_logits: (layers, B, Q, K + 1).
-            mask_logits: (layers, B, Q, P), at the points of each image.
+            mask_logits: (layers, B, Q, P), at the points of each image; or parts of it with some layers each, in order.
             labels: (N_b,) int64 of each image.
             masks: (N_b, P) of each image, at the same points.
 
@@ -93,7 +95,12 @@ class HungarianMatcher:
         # padded to the widest image, so that one product serves all; `assign` cuts the surplus columns off
         padded_labels = pad_sequence(list(labels), batch_first=True)  # (B, widest)
         padded_masks = pad_sequence(list(masks), batch_first=True)  # (B, widest, P)
-        return self.assign(self.cost(class_logits, mask_logits, padded_labels, padded_masks), counts)
+        costs, first = [], 0
+        for part in [mask_logits] if isinstance(mask_logits, Tensor) else mask_logits:
+            classes = class_logits[first : first + len(part)]
+            costs.append(self.cost(classes, part, padded_labels, padded_masks))
+            first += len(part)
+        return self.assign(torch.cat(costs), counts)
 
     def assign(self, costs: Tensor, counts: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
         """The cheapest assignment of each layer and image.

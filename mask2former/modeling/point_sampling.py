@@ -1,10 +1,14 @@
-"""Losses on points instead of whole masks (paper section 3.3; PointRend section 3.1)."""
+"""Points to match and to compute losses at, instead of whole masks (paper section 3.3; PointRend section 3.1)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mask2former.modeling.layers import at_least_float32
+from mask2former.ops.mask_points import maps_at_points, masks_at_points, uncertain_points
+
+_CPU_CANDIDATES = 1 << 19  # at a time; the same numbers come out of the generator, and stay in the cache
+
+sample_masks = masks_at_points
 
 
 def sample_logits(maps: Tensor, points: Tensor) -> Tensor:
@@ -18,47 +22,10 @@ def sample_logits(maps: Tensor, points: Tensor) -> Tensor:
         (N, C, P) float32 or float64.
     """
     with torch.autocast(maps.device.type, enabled=False):
-        maps = at_least_float32(maps)
-        grid = 2 * points.to(maps.dtype).unsqueeze(1) - 1  # (N, 1, P, 2)
-        return F.grid_sample(maps, grid, align_corners=False).squeeze(2)
+        return maps_at_points(at_least_float32(maps), points)
 
 
-def sample_masks(
-    masks: Tensor, points: Tensor, canvas: tuple[int, int], index: Tensor | None = None
-) -> Tensor:
-    """Sample binary masks bilinearly on a canvas that they are padded to with zeros, without padding them.
-
-    Only the four neighbours of each point are read, so that no mask is converted or copied.
-
-    Args:
-        masks: (N, H, W) bool or uint8, the upper left part of the canvas.
-        points: (P, 2) for the same points in every mask, or (T, P, 2); (x, y) in [0, 1] of the canvas.
-        canvas: (height, width) that the points refer to.
-        index: (T,) int64, which mask each row of ``points`` (T, P, 2) samples.
-
-    Returns:
-        (N, P) or (T, P) float32.
-    """
-    height, width = masks.shape[-2:]
-    scale = points.new_tensor([canvas[1], canvas[0]])
-    position_px = points * scale - 0.5  # (..., P, 2), pixel centres are whole numbers
-    corner = position_px.floor()
-    fraction_x, fraction_y = (position_px - corner).unbind(-1)  # (..., P)
-    left, top = corner.long().unbind(-1)
-    flat = masks.flatten()
-    offset = torch.arange(len(masks), device=masks.device) if index is None else index  # (N,) or (T,)
-    offset = offset[:, None] * (height * width)
-    total = torch.zeros((), device=masks.device)
-    for dy, weight_y in ((0, 1 - fraction_y), (1, fraction_y)):
-        for dx, weight_x in ((0, 1 - fraction_x), (1, fraction_x)):
-            x, y = left + dx, top + dy
-            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            cell = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)  # (..., P)
-            value = flat[offset + cell].to(torch.float32)  # (N, P) or (T, P)
-            total = total + value * (weight_x * weight_y * inside)
-    return total
-
-
+@torch.no_grad()
 def sample_uncertain_points(
     mask_logits: Tensor,
     *,
@@ -83,12 +50,13 @@ def sample_uncertain_points(
     T, device = len(mask_logits), mask_logits.device
     num_candidates = int(num_points * oversample_ratio)
     num_uncertain = int(num_points * importance_sample_ratio)
-    candidates = torch.rand(T, num_candidates, 2, device=device, generator=generator)
-    # The logits are sampled first and compared then. Taking the uncertainty of whole pixels and interpolating
-    # it would be wrong: between logits -1 and 1 lies a 0, the most uncertain point of all, but both pixels
-    # have the same certainty 1.
-    certainty = sample_logits(mask_logits.unsqueeze(1), candidates).squeeze(1).abs()  # (T, candidates)
-    chosen = certainty.topk(num_uncertain, largest=False, sorted=False).indices  # (T, uncertain)
-    uncertain = candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-    uniform = torch.rand(T, num_points - num_uncertain, 2, device=device, generator=generator)
-    return torch.cat([uncertain, uniform], dim=1)
+    step = max(1, _CPU_CANDIDATES // num_candidates) if device.type == "cpu" else max(1, T)
+    points = torch.empty(T, num_points, 2, device=device)
+    for start in range(0, T, step):
+        maps = mask_logits[start : start + step]
+        candidates = torch.rand(len(maps), num_candidates, 2, device=device, generator=generator)
+        with torch.autocast(device.type, enabled=False):
+            chosen = uncertain_points(at_least_float32(maps), candidates, num_uncertain)
+        points[start : start + step, :num_uncertain] = chosen
+    points[:, num_uncertain:] = torch.rand(T, num_points - num_uncertain, 2, device=device, generator=generator)
+    return points

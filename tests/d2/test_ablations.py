@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from mask2former import build
 from mask2former.config import architecture_arguments
 from mask2former.d2 import Trainer, get_config
-from tests.configs import ABLATIONS, name_of
+from tests.configs import ABLATIONS, name_of, skip_without_timm
 
 STANDARD = ["MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "StandardTransformerDecoder"]
 
@@ -21,6 +21,7 @@ def shapes(model):
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=name_of)
 def test_config_builds_the_core_model(path):
+    skip_without_timm(path)
     cfg = get_config(path, ["MODEL.DEVICE", "meta"])
     with torch.device("meta"):
         ours, core = build_model(cfg), build.build_model(architecture_arguments(cfg))

@@ -62,10 +62,10 @@ def read_keys(cfg):
 
 
 def outcome(translate, cfg):
-    """What a translation gives or, of a file that is no whole config, says."""
+    """What a translation gives or, of a file that is no whole config or needs timm, says."""
     try:
         return translate(cfg)
-    except ValueError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         return str(error)
 
 

@@ -10,6 +10,13 @@ from mask2former.export.files import module_runner
 from mask2former.export.graph import SegmentationGraph
 from tests.tiny import architecture, categories, lively_model, picture
 
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    """Wide, tall and square as the real ones, with a twentieth of the pixels."""
+    monkeypatch.setattr("mask2former.export.check.SIZES", ((54, 71), (87, 58), (64, 64)))
+
+
 LEFT = np.array([[1, 1, 0, 0]] * 4, dtype=np.bool_)
 RIGHT = ~LEFT
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask2former.build import Architecture, build_model, preset
@@ -17,8 +18,7 @@ from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.losses import (
     dice,
     pairwise_class_cost,
-    pairwise_dice,
-    pairwise_sigmoid_cross_entropy,
+    pairwise_mask_costs,
     sigmoid_cross_entropy,
 )
 from mask2former.modeling.matcher import HungarianMatcher
@@ -81,6 +81,7 @@ class _Run:
         with torch.no_grad():
             self.features: dict[str, Tensor] = model.backbone(model.batch_images(images))
             self.pixels: PixelFeatures = model.sem_seg_head.pixel_decoder(self.features)
+            self.predictor = model.sem_seg_head.predictor
             variants = [self._decode(model.sem_seg_head.predictor, b) for b in (0.0, self.TOSS_UP, -self.TOSS_UP)]
         self.predictions: list[MaskPrediction] = min(variants, key=self._distance)
 
@@ -134,6 +135,23 @@ def test_forward_nine_earlier_predictions(run: _Run) -> None:
         _assert_logits_agree(found, expected)
 
 
+@torch.no_grad()
+def test_no_bit_of_an_attention_mask_flips(run: _Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with resized features against resized masks; the tokens of a layer are those of one level."""
+    used: list[Tensor] = []
+    block = masked_attention._blocked_positions
+    monkeypatch.setattr(masked_attention, "_blocked_positions", lambda *a: used.append(block(*a)) or used[-1])
+    predictions = run.predictor(run.pixels, all_layers=True)
+    assert len(used) == 9
+    for index, blocked in enumerate(used):
+        size = run.pixels.levels[index % 3].shape[-2:]
+        logits = F.interpolate(predictions[index].mask_logits, size, mode="bilinear", align_corners=False).flatten(2)
+        plain = (logits < 0) & ~(logits < 0).all(-1, keepdim=True)
+        is_clear = logits.abs() > _Run.TOSS_UP
+        assert is_clear.double().mean() > 0.999
+        assert torch.equal(blocked[is_clear], plain[is_clear])
+
+
 @pytest.mark.parametrize(("name", "height", "width"), [("h6w9", 6, 9), ("h12w16", 12, 16)])
 def test_position_encoding(name: str, height: int, width: int) -> None:
     expected = load_tensors("position_encoding")[name]
@@ -155,9 +173,9 @@ class TestMatchingAndLosses:
         logits, masks = golden["mask_logits_at_points"], golden["target_masks_at_points"]
         classes = pairwise_class_cost(golden["class_logits"][None], golden["target_labels"][None])[0]
         torch.testing.assert_close(classes, golden["cost_class"], rtol=1e-5, atol=1e-6)
-        cross_entropy = pairwise_sigmoid_cross_entropy(logits, masks)
+        cross_entropy, overlap = pairwise_mask_costs(logits, masks)
         torch.testing.assert_close(cross_entropy, golden["cost_mask"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(pairwise_dice(logits, masks), golden["cost_dice"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(overlap, golden["cost_dice"], rtol=1e-5, atol=1e-6)
 
     def test_total_cost(self, golden: dict[str, Tensor], matcher: HungarianMatcher) -> None:
         names = ("class_logits", "mask_logits_at_points", "target_labels", "target_masks_at_points")
@@ -247,9 +265,7 @@ class TestPostprocessing:
         assert (scores.argmax(0).numpy() == golden["sem_seg_argmax"]).mean() > 0.9999
         np.testing.assert_allclose(scores[5].numpy(), golden["sem_seg_class5"], rtol=1e-5, atol=1e-5)
 
-    def test_panoptic(
-        self, golden: dict[str, np.ndarray], logits: tuple[Tensor, Tensor], is_thing: Tensor
-    ) -> None:
+    def test_panoptic(self, golden: dict[str, np.ndarray], logits: tuple[Tensor, Tensor], is_thing: Tensor) -> None:
         result = panoptic_segmentation(
             *logits, self.GEOMETRY, is_thing=is_thing, object_mask_threshold=0.8, overlap_threshold=0.8
         )

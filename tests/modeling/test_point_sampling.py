@@ -126,3 +126,11 @@ def test_shapes(num_points: int, count: int) -> None:
     points = _uncertain(logits, num_points=num_points, oversample_ratio=1.0, importance_sample_ratio=1.0)
     assert points.shape == (count, num_points, 2)
     assert _uncertain(logits, num_points=num_points).shape == (count, num_points, 2)
+
+
+def test_candidates_drawn_in_parts_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(7, 4, 4)
+    together = _uncertain(logits)
+    for size in (1, 600, 1300):
+        monkeypatch.setattr("mask2former.modeling.point_sampling._CPU_CANDIDATES", size)
+        assert torch.equal(_uncertain(logits), together)

@@ -2,5 +2,6 @@
 
 from mask2former.modeling.backbones.resnet import ResNet
 from mask2former.modeling.backbones.swin import SwinTransformer
+from mask2former.modeling.backbones.timm_backbone import TimmBackbone, TimmPyramid
 
-__all__ = ["ResNet", "SwinTransformer"]
+__all__ = ["ResNet", "SwinTransformer", "TimmBackbone", "TimmPyramid"]

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mask2former.modeling.layers import ConvNorm, FrozenBatchNorm2d, make_norm
+from mask2former.ops import fused
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _STAGES = ("res2", "res3", "res4", "res5")
@@ -75,6 +77,8 @@ class ResNet(nn.Module):
             Maps (B, C, ceil(H / stride), ceil(W / stride)) by name.
         """
         outputs = {}
+        if fused.fuses(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         for name in _STAGES:
             x = getattr(self, name)(x)
@@ -92,10 +96,10 @@ class ResNet(nn.Module):
 class _Stem(nn.Module):
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
-        self.conv1 = _conv(3, channels, 7, stride=2, norm=norm)
+        self.conv1 = _conv(3, channels, 7, stride=2, norm=norm, has_relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(self.conv1(x)), kernel_size=3, stride=2, padding=1)
+        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
 
 
 class _Bottleneck(nn.Module):
@@ -104,23 +108,21 @@ class _Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.shortcut = (
-            _conv(in_channels, out_channels, 1, stride=stride, norm=norm)
+            _conv(in_channels, out_channels, 1, stride=stride, norm=norm, has_relu=False)
             if in_channels != out_channels
             else None
         )
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1 = _conv(in_channels, width, 1, stride=stride_1x1, norm=norm)
-        self.conv2 = _conv(width, width, 3, stride=stride_3x3, norm=norm)
-        self.conv3 = _conv(width, out_channels, 1, stride=1, norm=norm)
+        self.conv1 = _conv(in_channels, width, 1, stride=stride_1x1, norm=norm, has_relu=True)
+        self.conv2 = _conv(width, width, 3, stride=stride_3x3, norm=norm, has_relu=True)
+        self.conv3 = _conv(width, out_channels, 1, stride=1, norm=norm, has_relu=True)  # after adding the shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        x = F.relu(self.conv1(x))
-        x = F.relu(self.conv2(x))
-        return F.relu(self.conv3(x) + shortcut)
+        return self.conv3(self.conv2(self.conv1(x)), shortcut)
 
 
-def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int, norm: str) -> ConvNorm:
+def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int, norm: str, has_relu: bool) -> ConvNorm:
     conv = ConvNorm(
         in_channels,
         out_channels,
@@ -128,6 +130,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int,
         stride=stride,
         padding=kernel_size // 2,
         norm=make_norm(norm, out_channels),
+        activation=F.relu if has_relu else None,
     )
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

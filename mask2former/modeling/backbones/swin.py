@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mask2former.modeling.layers import Conv2d, Linear
+from mask2former.ops import fused
+
 _STAGES = ("res2", "res3", "res4", "res5")
 
 
@@ -124,7 +127,8 @@ class SwinTransformer(nn.Module):
             name = _STAGES[index]
             if name in self.out_channels:
                 norm = getattr(self, f"norm{index}")
-                outputs[name] = norm(x).permute(0, 3, 1, 2).contiguous()  # (B, C, h, w)
+                output = norm(x).permute(0, 3, 1, 2)  # (B, C, h, w)
+                outputs[name] = output if fused.fuses(output) else output.contiguous()
             downsample = stage.downsample
             if isinstance(downsample, _PatchMerging):  # None in the last stage
                 x = downsample(x)
@@ -142,7 +146,7 @@ class _PatchEmbed(nn.Module):
     def __init__(self, dim: int, patch_size: int, use_norm: bool) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.proj = Conv2d(3, dim, patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim) if use_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,8 +247,8 @@ class _WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window_size))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, region_differs: Tensor | None) -> Tensor:
@@ -272,12 +276,12 @@ class _WindowAttention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim, activation="gelu")
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(self.fc1(x))))
 
 
 class _PatchMerging(nn.Module):
@@ -285,7 +289,7 @@ class _PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """The transformer decoder with masked attention (paper section 3.2)."""
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import MLP, fill_conv_xavier
+from mask2former.modeling.layers import MLP, Conv2d, fill_conv_xavier
 from mask2former.modeling.position_encoding import sine_position_encoding
-from mask2former.modeling.structures import MaskPrediction, PixelFeatures
+from mask2former.modeling.structures import MaskPrediction, PixelFeatures, QueryPrediction
 from mask2former.modeling.transformer_decoders.decoder_layers import (
     CrossAttentionLayer,
     FFNLayer,
@@ -130,18 +130,30 @@ class MaskedAttentionDecoder(nn.Module):
         self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(in_dim=hidden_dim, hidden_dim=hidden_dim, out_dim=mask_dim, num_layers=3)
 
-    def forward(self, features: PixelFeatures, all_layers: bool | None = None) -> list[MaskPrediction]:
+    @overload
+    def forward(self, features: PixelFeatures, all_layers: bool | None = None) -> list[MaskPrediction]: ...
+
+    @overload
+    def forward(
+        self, features: PixelFeatures, all_layers: bool | None, *, with_masks: Literal[False]
+    ) -> list[QueryPrediction]: ...
+
+    def forward(
+        self, features: PixelFeatures, all_layers: bool | None = None, *, with_masks: bool = True
+    ) -> list[MaskPrediction] | list[QueryPrediction]:
         """Predict.
 
         Args:
             features: from the pixel decoder.
             all_layers: give the prediction of every layer, the first one from the learned queries alone;
                 otherwise only the last. None: as the module is training or not.
+            with_masks: make the masks. The losses do not want them all.
 
         Returns:
             The predictions, the last one final.
         """
-        return self._decode(features, self.training if all_layers is None else all_layers)[0]
+        predictions, _ = self._decode(features, self.training if all_layers is None else all_layers)
+        return [p.with_masks for p in predictions] if with_masks else predictions
 
     def predict_with_queries(self, features: PixelFeatures) -> tuple[MaskPrediction, Tensor]:
         """Predict, and give what the prediction was made from: an embedding of what each query has found.
@@ -150,7 +162,7 @@ class MaskedAttentionDecoder(nn.Module):
             The final prediction, and the normalised features (B, Q, C) of the queries.
         """
         predictions, queries = self._decode(features, all_layers=False)
-        return predictions[-1], queries
+        return predictions[-1].with_masks, queries
 
     @property
     def num_test_layers(self) -> int | None:
@@ -168,7 +180,7 @@ class MaskedAttentionDecoder(nn.Module):
             raise ValueError(f"num_test_layers must be in [{least}, {most}] or None, got {number}")
         self._num_test_layers = number
 
-    def _decode(self, features: PixelFeatures, all_layers: bool) -> tuple[list[MaskPrediction], Tensor]:
+    def _decode(self, features: PixelFeatures, all_layers: bool) -> tuple[list[QueryPrediction], Tensor]:
         """The predictions, the last one final, and the normalised queries (B, Q, C) of the last."""
         num_layers = len(self.transformer_ffn_layers)
         if not self.training and self.num_test_layers is not None:
@@ -232,9 +244,8 @@ class MaskedAttentionDecoder(nn.Module):
         position = sine_position_encoding(h, w, tokens.shape[-1], device=maps.device)
         return values + position.flatten(1).t().to(values.dtype), values
 
-    def _predict(self, normed: Tensor, mask_embedding: Tensor, mask_features: Tensor) -> MaskPrediction:
-        mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embedding, mask_features)  # (B, Q, H/4, W/4)
-        return MaskPrediction(self.class_embed(normed), mask_logits)
+    def _predict(self, normed: Tensor, mask_embedding: Tensor, mask_features: Tensor) -> QueryPrediction:
+        return QueryPrediction(self.class_embed(normed), mask_embedding, mask_features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # the first releases called the query features `static_query`; the names decide, not a version number
@@ -257,7 +268,7 @@ def _cross_attention(name: str, num_heads: int, shared: dict[str, Any]) -> nn.Mo
 
 
 def _projection(in_channels: int, out_channels: int) -> nn.Module:
-    projection = nn.Conv2d(in_channels, out_channels, 1)
+    projection = Conv2d(in_channels, out_channels, 1)
     fill_conv_xavier(projection)
     return projection
 

@@ -1,6 +1,7 @@
 // Operator schemas and the Python module. Importing mask2former._C registers the operators; the module itself holds only
 // what was compiled in. Fake kernels and gradients are registered from Python.
 #include "ms_deform_attn.h"
+#include "points.h"
 
 #include <Python.h>
 #include <c10/util/Exception.h>
@@ -81,6 +82,14 @@ TORCH_LIBRARY(mask2former, m) {
   m.def(
       "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor offsets, "
       "Tensor logits) -> (Tensor, Tensor, Tensor)");
+  m.def("uncertain_points(Tensor mask_logits, Tensor candidates, SymInt count) -> Tensor");
+  m.def(
+      "mask_loss_sums(Tensor mask_logits, Tensor points, Tensor[] masks, SymInt[] counts, Tensor index, SymInt[] canvas) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mask_loss_sums_backward(Tensor grad_sums, Tensor probability, Tensor target, Tensor points, SymInt[] size) "
+      "-> Tensor");
+  m.def("sigmoid_and_softplus_sum(Tensor logits) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
@@ -88,6 +97,10 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("ms_deform_attn_backward", &backward_plain_cpu);
   m.impl("ms_deform_attn_fused_forward", &forward_fused_cpu);
   m.impl("ms_deform_attn_fused_backward", &backward_fused_cpu);
+  m.impl("uncertain_points", &uncertain_points_cpu);
+  m.impl("mask_loss_sums", &mask_loss_sums_cpu);
+  m.impl("mask_loss_sums_backward", &mask_loss_sums_backward_cpu);
+  m.impl("sigmoid_and_softplus_sum", &sigmoid_and_softplus_sum_cpu);
 }
 
 #ifdef MASK2FORMER_WITH_CUDA

@@ -1,4 +1,5 @@
 // The kernels for x86-64 with AVX-512. The pragma stays in force to the end of the file, where templates are instantiated.
+#include "points.h"
 #include "problem.h"
 
 #if defined(__x86_64__)
@@ -9,7 +10,9 @@
 #endif
 #define MASK2FORMER_VECTOR_BYTES 64
 #define MASK2FORMER_KERNELS kernels_avx512
+#define MASK2FORMER_POINT_KERNELS point_kernels_avx512
 #include "kernel.h"
+#include "points_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
