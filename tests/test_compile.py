@@ -54,7 +54,7 @@ def test_the_inference_path_is_one_graph_for_all_sizes(backbone: str) -> None:
     for height, width in SIZES:
         batch = torch.randn(1, 3, height, width)
         for logits, expected in zip(compiled(batch)[-1], model.predict(batch)[-1], strict=True):
-            torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # of other operators, ops/fused.py
     assert len(counter.graphs) == 1
     if _extension.extension.module is not None:
         assert any("ms_deform_attn_fused_forward" in name for name in counter.graphs[0])

@@ -234,6 +234,11 @@ def run(monkeypatch):
     return run
 
 
+def report_of(capsys):
+    """The lines that the command printed; earlier tests may have set up a log, which writes there, too."""
+    return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[")]
+
+
 def test_command_draws(run, photo, tmp_path, capsys):
     """A folder, and a picture of the same name beside one that is damaged."""
     pytest.importorskip("cv2")
@@ -259,7 +264,7 @@ def test_command_measures(run, photo, tmp_path, capsys):
     register(CatalogEntry("proposals_test", lambda: rows, metadata()))
     file = tmp_path / "recall.json"
     assert run("--dataset", "proposals_test", "--json", file) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = report_of(capsys)
     assert lines[0] == "proposals_test: 2 images, 2 segments"
     assert lines[2].split("  ")[0] == "prediction"
     assert lines[-1].split() == ["layer", "3", "100.00", "100.00", "100.00", "nan"]
@@ -269,7 +274,7 @@ def test_command_measures(run, photo, tmp_path, capsys):
         "prediction": "layer 3", "AR@10": 100, "AR@100": 100, "AR@100_th": 100, "AR@100_st": None,
     }  # fmt: skip
     assert run("--dataset", "proposals_test", "--first", 1) == 0
-    assert capsys.readouterr().out.startswith("proposals_test: 1 images, 1 segments\n")
+    assert report_of(capsys)[0] == "proposals_test: 1 images, 1 segments"
 
 
 def test_command_reads_data_sets_of_a_config(run, photo, tmp_path, capsys):
@@ -281,7 +286,7 @@ def test_command_reads_data_sets_of_a_config(run, photo, tmp_path, capsys):
     source = {"NAME": "proposals_custom", "IMAGES": str(tmp_path), "COCO_JSON": str(tmp_path / "truth.json")}
     (tmp_path / "config.yaml").write_text(json.dumps({"DATASETS": {"CUSTOM": [source]}}))  # JSON is YAML
     assert run("--dataset", "proposals_custom", "--config-file", tmp_path / "config.yaml") == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = report_of(capsys)
     assert lines[0] == "proposals_custom: 1 images, 0 segments"
     assert lines[-1].split() == ["layer", "3", "nan", "nan"]
 

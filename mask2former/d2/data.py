@@ -38,9 +38,9 @@ def register_datasets() -> None:
     """
     for name in catalog.names():
         if name not in DatasetCatalog:
-            DatasetCatalog.register(name, Call(_core_records, (name,)))
             if len(MetadataCatalog.get(name).as_dict()) <= 1:  # nothing but the name
                 MetadataCatalog[name] = _MirroredMetadata(**_fields(catalog.get(name)))
+            DatasetCatalog.register(name, Call(_core_records, (name,)))
     DatasetCatalog.register = _register_over_mirrored
 
 
@@ -96,8 +96,14 @@ def register_datasets_of(cfg: Any) -> None:
         FileNotFoundError: if files of such a data set do not exist; Detectron2 wants to know its classes now.
         ValueError: if the list is wrong, or a name belongs to another data set.
     """
+    before = set(catalog.names())
     register_custom_datasets(**config.custom_dataset_arguments(cfg))
-    register_datasets()
+    try:
+        register_datasets()
+    except (OSError, ValueError):
+        for name in set(catalog.names()) - before:  # or they would stop every config that is read after this one
+            catalog.remove(name)
+        raise
 
 
 def _fields(entry: CatalogEntry) -> dict[str, Any]:

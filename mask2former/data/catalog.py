@@ -125,6 +125,12 @@ def register_lazily(name: str, factory: Callable[[], CatalogEntry]) -> None:
     _factories[name] = factory
 
 
+def remove(name: str) -> None:
+    """Takes back a registration; an unknown name is no error."""
+    _entries.pop(name, None)
+    _factories.pop(name, None)
+
+
 def get(name: str) -> CatalogEntry:
     """
     Raises:

@@ -67,7 +67,8 @@ def linear(
         (…, C_out).
     """
     is_one_step = residual is None or activation == "none"
-    if not is_one_step or x.numel() < _FEW_ROWS * x.shape[-1] or not _fuse(x, weight, bias, residual):
+    # the size last: a compiler would make graphs of their own for small and large inputs
+    if not is_one_step or not _fuse(x, weight, bias, residual) or x.numel() < _FEW_ROWS * x.shape[-1]:
         out = F.linear(x, weight, bias)
         out = F.relu_(out) if activation == "relu" else F.gelu(out) if activation == "gelu" else out
         return out if residual is None else residual + out
