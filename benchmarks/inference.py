@@ -40,8 +40,8 @@ from mask2former.modeling.structures import MaskPrediction
 from mask2former.ops import _extension
 
 CLASSES, THINGS = 133, 80
-# overlaps of random masks are larger than those of a trained model: with 0.8 hardly a segment would be left
-THRESHOLDS = {"object_mask_threshold": 0.8, "overlap_threshold": 0.3}
+# masks of random weights overlap more than a trained model's: with 0.8, the default, hardly a segment would be left
+THRESHOLDS = {"object_mask_threshold": 0.8, "overlap_threshold": 0.0}
 SURE_QUERIES = 20
 SIGMAS_BELOW_ZERO = 2  # of a mask logit's mean, in its standard deviations
 TUNING_SIZE = (256, 256)  # of the picture that the heads are set with
@@ -183,25 +183,25 @@ def difference(found: MaskPrediction, expected: MaskPrediction) -> Difference:
     )
 
 
-def compare(contestants: dict[str, Contestant]) -> None:
-    """Print how far the results are from this project's.
+def agreement(contestants: dict[str, Contestant]) -> str:
+    """How far the results are from this project's, in words.
 
     Raises:
         SystemExit: if that is more than rounding and a few mask bits explain.
     """
     prediction, ids = contestants[OURS]()
-    print(f"  segments: {ids.unique().count_nonzero()}", end="")
+    found = [f"{ids.unique().count_nonzero()} segments"]
     for which, run in contestants.items():
         if which in (OURS, ALL_TASKS):
             continue
         other, other_ids = run()
         far = difference(other, prediction)
-        # transformers' ids are numbered otherwise, and its masks go through 384 x 384
-        same = f", {(other_ids == ids).float().mean():.3%} of the ids equal" if which == PLAIN else ""
-        print(f"; {which}: logits {far.median:.1e} apart (median), {far.share:.3%} above 0.01{same}", end="")
+        found.append(f"{which}: logits {far.median:.1e} apart (median), {far.share:.3%} of them more than 0.01")
+        if which == PLAIN:  # transformers numbers segments in another way, and its masks go through 384 x 384
+            found[-1] += f", {(other_ids == ids).float().mean():.3%} of the ids equal"
         if far.median > 1e-3 or far.share > 1e-3:
-            raise SystemExit(f"\n{which} does not compute the same")
-    print(flush=True)
+            raise SystemExit(f"{which} does not compute the same: {found[-1]}")
+    return "; ".join(found)
 
 
 def take_turns(contestants: dict[str, Contestant], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -251,24 +251,21 @@ def _resident(line: str) -> int:
     return next(int(text.split()[1]) * 1024 for text in lines if text.startswith(f"{line}:"))
 
 
-def measure(name: str, size: str, arguments: argparse.Namespace) -> list[str]:
-    """Rows of the table for one model and size."""
+def measure(name: str, size: str, arguments: argparse.Namespace) -> None:
+    """Print the rows of the table for one model and size."""
     model = make_model(name)
     kinds = [OURS, PLAIN, TRANSFORMERS] if arguments.tasks == "panoptic" else [OURS, ALL_TASKS]
     contestants = {which: make_contestant(which, name, size_of(size), model) for which in kinds}
-    print(f"{name}, {size}:", flush=True)
-    compare(contestants)
+    print(f"{name}, {size}: {agreement(contestants)}", file=sys.stderr, flush=True)
     seconds = take_turns(contestants, arguments.repeats, CLOCKS[arguments.clock])
     peaks = {
         which: None if arguments.without_memory else peak_bytes(which, name, size, arguments.threads) for which in kinds
     }
-    rows = []
     for which in kinds:
         peak = peaks[which]
         megabytes = "" if peak is None else f"{peak / 2**20:.0f}"
         ratio = seconds[which] / seconds[OURS]
-        rows.append(f"| {name} | {size} | {which} | {seconds[which] * 1e3:.0f} | {ratio:.2f} | {megabytes} |")
-    return rows
+        print(f"| {name} | {size} | {which} | {seconds[which] * 1e3:.0f} | {ratio:.2f} | {megabytes} |", flush=True)
 
 
 def main() -> None:
@@ -288,10 +285,11 @@ def main() -> None:
         print_own_peak(arguments.only_memory_of, arguments.model[0], size_of(arguments.size[0]))
         return
     print(f"{_extension.describe()} {arguments.threads} threads, {arguments.repeats} turns, {arguments.clock} time.")
+    print("\n| model | picture | what | ms | times mask2former's | MiB |\n|---|---|---|---|---|---|", flush=True)
     with torch.inference_mode():
-        rows = [row for name in arguments.model for size in arguments.size for row in measure(name, size, arguments)]
-    print("\n| model | picture | what | ms | times mask2former's | MiB |\n|---|---|---|---|---|---|")
-    print("\n".join(rows))
+        for name in arguments.model:
+            for size in arguments.size:
+                measure(name, size, arguments)
 
 
 if __name__ == "__main__":

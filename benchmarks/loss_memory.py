@@ -3,8 +3,10 @@
     python benchmarks/loss_memory.py                        CPU; `--device cuda` on a GPU
     python benchmarks/loss_memory.py --parts loss --targets 10 20 --limit-gib 8
 
-- `loss` is the criterion alone, forward and backward, on leaf tensors as R50 gives them for an image: 10 predictions of
-  100 queries, mask logits of a quarter of the size, 12544 points; peak on top of predictions and targets.
+- `loss` is the criterion alone, forward and backward, on leaf tensors as R50's decoder gives them for an image: classes
+  and mask embeddings of 100 queries from 10 predictions, mask features of 256 channels at a quarter of the size; 12544
+  points. `logits` is the same with mask logits instead of embeddings and features, as other decoders give them. Peaks
+  are on top of these tensors and the targets.
 - `tiny` and `r50` are the training step of a model, forward, loss and backward, on one image; peak on top of weights,
   image and targets. `tiny` is the model of configs/quick_schedules with 12544 points, whose own memory is small.
 
@@ -28,25 +30,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mask2former import config
 from mask2former.build import build_model
 from mask2former.engine.config import get_config
 from mask2former.modeling.criterion import MASK_PARTS, SetCriterion
-from mask2former.modeling.structures import MaskPrediction, MaskTarget
+from mask2former.modeling.structures import MaskPrediction, MaskTarget, QueryPrediction
+from mask2former.ops import _extension
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {
     "tiny": CONFIGS / "quick_schedules/Base-tiny.yaml",
     "r50": CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml",
 }
-CLASSES, QUERIES, PREDICTIONS, POINTS = 133, 100, 10, 12544
+CLASSES, QUERIES, CHANNELS, PREDICTIONS, POINTS = 133, 100, 256, 10, 12544
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement; `part` is "loss" or a name of `MODELS`."""
+    """One measurement; `part` is "loss", "logits" or a name of `MODELS`."""
 
     part: str
     targets: int
@@ -63,19 +67,25 @@ def target(case: Case) -> MaskTarget:
     return MaskTarget(labels.to(case.device), masks.to(case.device))
 
 
+def leaf_predictions(case: Case) -> list[MaskPrediction] | list[QueryPrediction]:
+    """Random predictions of one image that want gradients."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, device=case.device, requires_grad=True)
+
+    edge = case.size // 4
+    if case.part == "logits":
+        return [MaskPrediction(leaf(QUERIES, CLASSES + 1), leaf(QUERIES, edge, edge)) for _ in range(PREDICTIONS)]
+    features = leaf(CHANNELS, edge, edge)
+    return [QueryPrediction(leaf(QUERIES, CLASSES + 1), leaf(QUERIES, CHANNELS), features) for _ in range(PREDICTIONS)]
+
+
 def loss_call(case: Case) -> Callable[[], None]:
     """Forward and backward of the criterion alone."""
     criterion = SetCriterion(num_classes=CLASSES, num_points=POINTS, match_on=case.match_on, loss_on=case.loss_on).to(
         case.device
     )
-    edge = case.size // 4
-    predictions = [
-        MaskPrediction(
-            torch.randn(1, QUERIES, CLASSES + 1, device=case.device, requires_grad=True),
-            torch.randn(1, QUERIES, edge, edge, device=case.device, requires_grad=True),
-        )
-        for _ in range(PREDICTIONS)
-    ]
+    predictions = leaf_predictions(case)
     targets = [target(case)]
 
     def call() -> None:
@@ -119,7 +129,7 @@ def peak_bytes(call: Callable[[], None], device: str) -> int:
 def run_case(case: Case, limit_gib: float) -> None:
     """Measure in this process and print the bytes; allocations fail above the limit."""
     torch.manual_seed(0)
-    call = loss_call(case) if case.part == "loss" else step_call(case)
+    call = step_call(case) if case.part in MODELS else loss_call(case)
     if case.device == "cpu":
         limit = int(limit_gib * (1 << 30))
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -140,9 +150,9 @@ def measure(case: Case, limit_gib: float) -> int | None:
 
 
 def rows(part: str, targets: int, args: argparse.Namespace) -> None:
-    """Print the lines of one part: all four combinations, points first."""
+    """Print the lines of one part."""
     reference = None
-    for match_on, loss_on in itertools.product(MASK_PARTS, MASK_PARTS):
+    for match_on, loss_on in (combination.split("/") for combination in args.combinations):
         peak = measure(Case(part, targets, args.size, match_on, loss_on, args.device), args.limit_gib)
         reference = peak if (match_on, loss_on) == ("points", "points") else reference
         ratio = f"{peak / reference:.1f}" if peak and reference else ""
@@ -153,9 +163,13 @@ def rows(part: str, targets: int, args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the cases and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = ("loss", *MODELS)
+    known = ("loss", "logits", *MODELS)
     parser.add_argument("--parts", nargs="+", choices=known, default=list(known))
     parser.add_argument("--targets", nargs="+", type=int, default=[20, 40], metavar="N", help="in the image")
+    combinations = [f"{match_on}/{loss_on}" for match_on, loss_on in itertools.product(MASK_PARTS, MASK_PARTS)]
+    parser.add_argument(
+        "--combinations", nargs="+", choices=combinations, default=combinations, help="what matching/losses look at"
+    )
     parser.add_argument("--size", type=int, default=1024, help="of the image, a multiple of 32; default 1024")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-gib", type=float, default=16.0, help="of memory of a CPU case, default 16")
@@ -166,7 +180,8 @@ def main() -> None:
         run_case(Case(**arguments), args.limit_gib)
         return
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    print(f"{where}, PyTorch {torch.__version__}, one image of {args.size} x {args.size}, float32\n")
+    print(f"{where}, PyTorch {torch.__version__}, one image of {args.size} x {args.size}, float32")
+    print(_extension.describe() + "\n")
     print("| what | targets | match on | loss on | peak MiB | times points |\n|---|---|---|---|---|---|", flush=True)
     for part, targets in itertools.product(args.parts, args.targets):
         rows(part, targets, args)

@@ -46,6 +46,7 @@ def _config(transformers: Any, architecture: Architecture, model: Mask2Former) -
             depths=backbone.get("depths", [2, 2, 6, 2]),
             num_heads=backbone.get("num_heads", [3, 6, 12, 24]),
             window_size=backbone.get("window_size", 7),
+            drop_path_rate=backbone.get("drop_path_rate", 0.3),
             **stages,
         )
     else:
@@ -57,9 +58,16 @@ def _config(transformers: Any, architecture: Architecture, model: Mask2Former) -
             **stages,
         )
     predictor = model.sem_seg_head.predictor
+    pixels, decoder = architecture["pixel_decoder"], architecture["transformer_decoder"]
     return transformers.Mask2FormerConfig(
         backbone_config=inner,
+        feature_size=pixels.get("conv_dim", 256),
+        mask_feature_size=pixels.get("mask_dim", 256),
+        encoder_layers=pixels.get("num_layers", 6),
+        hidden_dim=decoder.get("hidden_dim", 256),
+        dim_feedforward=decoder.get("dim_feedforward", 2048),
         decoder_layers=len(predictor.transformer_ffn_layers) + 1,
         num_queries=len(predictor.query_feat.weight),
         num_labels=model.criterion.num_classes,
+        train_num_points=model.criterion.num_points,
     )

@@ -38,13 +38,13 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peers import transformers_model
 from benchmarks.plain_criterion import NewPoints, PlainCriterion
 from mask2former import solver, training
 from mask2former.build import Architecture, build_model, preset
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.structures import MaskPrediction, MaskTarget, QueryPrediction
 from mask2former.ops import _extension
-from mask2former.weight_names import to_transformers
 
 NAMES = ("here", "plain", "transformers")
 CLASSES = 133
@@ -193,7 +193,7 @@ class Problem:
             plain = PlainCriterion(num_classes=CLASSES, num_points=own.num_points)
             points = NewPoints()
             return lambda p: training.sum_of(own.weighted(plain(p, self.targets, self.canvas, points)))
-        theirs = transformers_model(self.layout, model)
+        theirs = training_peer(self.layout, model)
         masks, labels = [t.masks.float() for t in self.targets], [t.labels for t in self.targets]
 
         def loss(predictions: list[MaskPrediction]) -> Tensor:
@@ -224,7 +224,7 @@ class Problem:
         return LossPart([class_logits, embeddings, features], total_loss)
 
     def _step_of_transformers(self, model: Mask2Former) -> Step:
-        theirs = transformers_model(self.layout, model)
+        theirs = training_peer(self.layout, model)
         batch = model.batch_images(self.images)
         masks, labels = [t.masks.float() for t in self.targets], [t.labels for t in self.targets]
         return Step(
@@ -232,33 +232,9 @@ class Problem:
         )
 
 
-def transformers_model(layout: Architecture, model: Mask2Former) -> Any:
-    """Transformers' model in training mode with the weights of ours."""
-    import transformers
-
-    decoder, pixels = layout["transformer_decoder"], layout["pixel_decoder"]
-    stages = {"out_features": [f"stage{i}" for i in (1, 2, 3, 4)]}
-    if layout["backbone"]["name"] == "swin":
-        names = ("embed_dim", "depths", "num_heads")
-        own = {name: layout["backbone"][name] for name in names if name in layout["backbone"]}
-        backbone = transformers.SwinConfig(drop_path_rate=0.0, **own, **stages)
-    else:
-        backbone = transformers.ResNetConfig(**stages)
-    config = transformers.Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=pixels.get("conv_dim", 256),
-        mask_feature_size=pixels.get("mask_dim", 256),
-        encoder_layers=pixels.get("num_layers", 6),
-        hidden_dim=decoder.get("hidden_dim", 256),
-        dim_feedforward=decoder.get("dim_feedforward", 2048),
-        decoder_layers=decoder.get("num_layers", 9) + 1,
-        num_queries=decoder["num_queries"],
-        num_labels=CLASSES,
-        train_num_points=model.criterion.num_points,
-    )
-    theirs = transformers.Mask2FormerForUniversalSegmentation(config)
-    theirs.load_state_dict(to_transformers(model.state_dict()).tensors, strict=False)
-    theirs.train()
+def training_peer(layout: Architecture, model: Mask2Former) -> Any:
+    """Transformers' model in training mode with the weights of ours, and statistics frozen as ours are."""
+    theirs = transformers_model(layout, model).train()
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
@@ -314,6 +290,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="contestants")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--keep-memory", action="store_true", help="malloc keeps what is freed, as in train_net.py")
     arguments.add_argument("--draws", type=int, default=3, help="of the comparison of losses; 0: none")
     arguments.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine in use")
     return arguments
@@ -323,11 +300,14 @@ def main() -> None:
     """Print the table."""
     args = parser().parse_args()
     torch.set_num_threads(args.threads)
+    if args.keep_memory and not training.keep_freed_memory():
+        sys.exit("--keep-memory needs glibc, without settings of malloc in the environment")
     problem = Problem(args)
     contestants = {name: problem.contestant(name) for name in args.only}
+    kept = ", freed memory kept" if args.keep_memory else ""
     print(
         f"{platform.machine()}, {args.threads} threads, PyTorch {torch.__version__}; {args.model}, {args.part}, "
-        f"{args.batch} images of {args.size}x{args.size} with {args.objects} objects; {_extension.describe()}"
+        f"{args.batch} images of {args.size}x{args.size} with {args.objects} objects{kept}; {_extension.describe()}"
     )
     if args.draws:
         compare_losses(contestants, args.draws)

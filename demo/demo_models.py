@@ -89,7 +89,7 @@ def _name(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace) -> Predictor:
     import torch
 
-    from mask2former.predictor import device_problem
+    from mask2former.devices import device_problem
 
     try:
         import cv2  # noqa: F401

@@ -17,6 +17,7 @@ from mask2former.modeling.pixel_decoders import (
     SemanticFPNPixelDecoder,
     TransformerEncoderPixelDecoder,
 )
+from mask2former.modeling.precision import Precision
 from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder, StandardDecoder
 
 Architecture = dict[str, dict[str, Any]]
@@ -92,14 +93,15 @@ def preset(name: str, *, num_classes: int, num_queries: int = 100) -> Architectu
     }
 
 
-def build_model(architecture: Architecture) -> Mask2Former:
+def build_model(architecture: Architecture, precision: Precision | None = None) -> Mask2Former:
     """Build a model with random weights, in training mode.
 
     Args:
         architecture: from `preset`, a config or a model file; not changed.
+        precision: what to compute in, see `Mask2Former.precision`.
 
     Raises:
-        ValueError: if a part is missing or its name is unknown.
+        ValueError: if a part is missing, its name is unknown, or ``precision`` is another word.
         TypeError: if a part has an argument that its class does not know.
         ModuleNotFoundError: if the backbone is one of timm, which is not installed.
     """
@@ -130,6 +132,7 @@ def build_model(architecture: Architecture) -> Mask2Former:
         backbone=backbone,
         sem_seg_head=SegmentationHead(pixel_decoder=pixel_decoder, predictor=predictor, in_feature=in_feature),
         criterion=build_criterion(architecture["criterion"]),
+        precision=precision,
         **settings,
     )
 

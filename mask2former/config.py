@@ -24,6 +24,7 @@ from mask2former.config_model import timm_pyramid_arguments as timm_pyramid_argu
 from mask2former.config_model import transformer_decoder_arguments as transformer_decoder_arguments
 from mask2former.config_values import at_least, one_of, require, value_of
 from mask2former.modeling.backbones.timm_backbone import normalization
+from mask2former.modeling.precision import PRECISIONS
 
 _BACKBONE_STRIDE = 32  # of res5, in all backbones
 _FLIPS = ("horizontal", "vertical", "none")
@@ -67,6 +68,14 @@ def _check_normalization(cfg: Any) -> None:
                 f"{key} must be {wanted}, in INPUT.FORMAT {order} what MODEL.TIMM.NAME {name} was trained with, got "
                 f"{value}; MODEL.TIMM.NORMALIZATION 'config' takes any"
             )
+
+
+def precision_arguments(cfg: Any) -> dict[str, Any]:
+    """MODEL.MASK_FORMER.PRECISION: the numerical mode of training and inference; None: as published."""
+    value = cfg.MODEL.MASK_FORMER.PRECISION
+    if value not in ("", *PRECISIONS):
+        raise ValueError(f"MODEL.MASK_FORMER.PRECISION must be one of {', '.join(PRECISIONS)} or empty, got {value!r}")
+    return {"precision": value or None}
 
 
 def inference_arguments(cfg: Any) -> dict[str, Any]:
@@ -214,11 +223,18 @@ def clip_arguments(cfg: Any) -> dict[str, Any]:
 
 
 def step_arguments(cfg: Any) -> dict[str, Any]:
-    """How one optimizer step is computed: batches that it sums up, and the autocast type (None: float32)."""
+    """How one optimizer step is computed.
+
+    Returns:
+        accumulation_steps: batches that it sums up. amp_dtype: the autocast type around the model, None for none.
+        precision: the mode that the model itself computes in, None for none; it takes the place of SOLVER.AMP.
+    """
     dtype = one_of(cfg, "SOLVER.AMP.DTYPE", ("float16", "bfloat16"))
+    precision = precision_arguments(cfg)["precision"]
     return {
         "accumulation_steps": at_least(cfg, "SOLVER.ACCUMULATION_STEPS", 1),
-        "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED else None,
+        "amp_dtype": dtype if cfg.SOLVER.AMP.ENABLED and precision is None else None,
+        "precision": precision,
     }
 
 

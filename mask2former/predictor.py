@@ -1,6 +1,6 @@
 """From a picture to its panoptic, instance or semantic segmentation.
 
-    predictor = Predictor.from_file("model.safetensors", device="cuda", dtype=torch.bfloat16)
+    predictor = Predictor.from_file("model.safetensors", device="cuda", precision="fast")
     result = predictor("street.jpg", "panoptic")
     for segment in result.segments:
         print(segment.id, segment.name, segment.score, segment.area)
@@ -27,6 +27,7 @@ from mask2former.checkpoint import TASKS, PredictionSettings, Task, check_thresh
 from mask2former.data.augmentations import ResizeShortestEdge
 from mask2former.data.catalog import Category
 from mask2former.data.images import Picture, as_rgb
+from mask2former.devices import device_problem
 from mask2former.inference import predict_image_with_queries, predict_images
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
@@ -35,6 +36,7 @@ from mask2former.modeling.postprocessing import (
     panoptic_segmentation,
     semantic_labels,
 )
+from mask2former.modeling.precision import Precision, check_dtype
 from mask2former.modeling.structures import MaskPrediction
 from mask2former.modeling.transformer_decoders import MaskedAttentionDecoder
 from mask2former.results import InstancePicture, PanopticPicture, PictureResult, Segment, SemanticPicture
@@ -54,8 +56,6 @@ __all__ = [
 BATCH_PIXELS = 1 << 22
 """What `Predictor.batch` gives the model at a time, as it sees it: four pictures of 1024 x 1024."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class _Resized(NamedTuple):
     """A picture on its way into the model: its place in the batch, (3, h, w) uint8, and its own (height, width)."""
@@ -68,8 +68,12 @@ class _Resized(NamedTuple):
 class Predictor:
     """Segments pictures. It never changes after it was made: threads may share one.
 
-    Every call is without gradients and in the predictor's own ``dtype``, also where the caller has switched on
-    gradients or autocast; the caller's modes stay as they are.
+    Every call is without gradients and in the predictor's own ``precision`` or ``dtype``, also where the caller has
+    switched on gradients or autocast; the caller's modes stay as they are.
+
+    Attributes:
+        precision: the model's numerical mode; None if ``dtype`` decides.
+        dtype: of most products.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class Predictor:
         image_format: str = "RGB",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        precision: Precision | None = None,
+        compile: bool = False,
         num_test_layers: int | None = None,
         object_mask_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
@@ -98,10 +104,14 @@ class Predictor:
             categories: of the K classes, in the order of the contiguous ids.
             image_format: channel order that the model takes, "RGB" or "BGR".
             device: where to compute.
-            dtype: what the model computes in: `torch.float32`; or `torch.bfloat16` or `torch.float16`, in which the
-                backbone's and the transformer decoder's matrix products and convolutions run (autocast). Weights, the
-                pixel decoder and post-processing stay float32. A CPU without float16 instructions takes many times as
-                long in float16. docs/predictor.md has measured differences.
+            dtype: the published choice: `torch.float32`; or `torch.bfloat16` or `torch.float16`, in which the products
+                of backbone and transformer decoder run (autocast). Weights, the pixel decoder and post-processing stay
+                float32. A CPU without float16 instructions takes many times as long in float16.
+            precision: "strict", "tf32" or "fast", see `mask2former.modeling.precision`. It decides alone, ``dtype``
+                must be float32. None: as the model is set up, by default none of them. It is a setting of the model,
+                which others may share. docs/predictor.md has measured differences of all.
+            compile: the model with PyTorch's compiler, at the first picture, which takes minutes; later ones of any
+                size use what it made. It is a setting of the model, too.
             num_test_layers: so many layers of the masked decoder run, the first ones, which is faster and less
                 accurate; None: as the model is set up. It is a setting of the model, which others may share.
             tasks, shortest, longest, object_mask_threshold, overlap_threshold, top_k, score_threshold,
@@ -118,8 +128,7 @@ class Predictor:
             )
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
+        check_dtype(dtype, model.precision if precision is None else precision)
         if problem := device_problem(device):
             raise ValueError(f"device must be one that can be used here, got {device}: {problem}")
         if num_test_layers is not None:
@@ -129,7 +138,10 @@ class Predictor:
             decoder.num_test_layers = num_test_layers
         self.categories = tuple(categories)
         self.image_format = image_format
-        self.dtype = dtype
+        if precision is not None:
+            model.precision = precision
+        self.precision = model.precision
+        self.dtype = torch.bfloat16 if self.precision == "fast" else dtype
         self.settings = PredictionSettings(
             tasks=tuple(tasks),
             shortest=shortest,
@@ -142,6 +154,8 @@ class Predictor:
             semantic_resize_first=semantic_resize_first,
         )
         self.model = model.to(device).eval()
+        if compile:
+            model.compile(dynamic=True)
         self._resize = ResizeShortestEdge(shortest=shortest, longest=longest)
 
     @classmethod
@@ -151,6 +165,8 @@ class Predictor:
         device: str | torch.device = "cpu",
         *,
         dtype: torch.dtype = torch.float32,
+        precision: Precision | None = None,
+        compile: bool = False,
         num_test_layers: int | None = None,
         **overrides: Any,
     ) -> "Predictor":
@@ -158,7 +174,7 @@ class Predictor:
 
         Args:
             path: the file.
-            device, dtype, num_test_layers: where, in what and how much to compute, see `Predictor`.
+            device, dtype, precision, compile, num_test_layers: where and how to compute, see `Predictor`.
             **overrides: of the file's `PredictionSettings`.
 
         Raises:
@@ -174,6 +190,8 @@ class Predictor:
             image_format=description.image_format,
             device=device,
             dtype=dtype,
+            precision=precision,
+            compile=compile,
             num_test_layers=num_test_layers,
             **vars(settings),
         )
@@ -322,8 +340,8 @@ class Predictor:
             return predict_images(self.model, images, sizes)
 
     def _precision(self) -> AbstractContextManager[None]:
-        """What the model runs in."""
-        if self.dtype is torch.float32:
+        """What the model runs in, unless it sees to that itself."""
+        if self.precision is not None or self.dtype is torch.float32:
             return nullcontext()
         # the cache of converted weights is one for all threads, and each weight is used about once
         return torch.autocast(self.model.device.type, dtype=self.dtype, cache_enabled=False)
@@ -381,12 +399,3 @@ def _groups_of_one_size(pictures: Iterable[_Resized]) -> Iterator[list[_Resized]
         waiting.setdefault(tuple(picture.planes.shape), []).append(picture)
         room -= pixels
     yield from waiting.values()
-
-
-def device_problem(device: str | torch.device) -> str:
-    """Why nothing can be computed on a device here, in a line; empty if it can."""
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # which of them depends on how PyTorch was built
-        return str(error).splitlines()[0]
-    return ""

@@ -126,7 +126,7 @@ class PanopticPicture:
         return boxes
 
     def rle(self) -> list[Rle]:
-        """The masks of the segments, N; needs pycocotools."""
+        """The masks of the segments, N; needs pycocotools and OpenCV."""
         return [_encoded(self.ids == segment.id) for segment in self.segments]
 
     def to_coco_json(self, image_id: int | str, *, file_name: str | None = None) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class InstancePicture:
         return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)
 
     def rle(self) -> list[Rle]:
-        """The masks, N; needs pycocotools."""
+        """The masks, N; needs pycocotools and OpenCV."""
         return [_encoded(mask) for mask in self.masks]
 
     def to_coco_json(self, image_id: int | str) -> list[dict[str, Any]]:
@@ -308,7 +308,7 @@ class SemanticPicture:
         return np.bincount(self.labels.ravel(), minlength=len(self.categories))
 
     def rle(self) -> dict[int, Rle]:
-        """The masks of the classes that are in the picture, by contiguous index; needs pycocotools."""
+        """The masks of the classes that are in the picture, by contiguous index; needs pycocotools and OpenCV."""
         present = np.flatnonzero(self.areas).tolist()
         return {label: _encoded(self.labels == label) for label in present}
 

@@ -1,5 +1,9 @@
 """What a training step does in every engine: parts of a batch, losses that are not finite, memory."""
 
+import ctypes
+import logging
+import os
+import platform
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,6 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from mask2former.modeling.precision import Precision, float32_products
+
+logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_STEPS = 10  # in a row, for a loss that is not finite
 
@@ -38,6 +46,7 @@ def accumulate_gradients(
     losses_of: Callable[[Sequence[Sample]], Mapping[str, Tensor]],
     backward: Callable[[Tensor], None],
     without_synchronisation: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    precision: Precision | None = None,
 ) -> dict[str, Tensor]:
     """The mean losses over equal parts of a batch, with their gradients added up in the parameters.
 
@@ -47,6 +56,7 @@ def accumulate_gradients(
         losses_of: the forward pass of a part.
         backward: of the part's share of the total loss.
         without_synchronisation: a context for all parts but the last, in which processes do not exchange gradients.
+        precision: the mode of the model, whose products the backward pass has, too.
 
     Returns:
         Losses by name, detached.
@@ -54,13 +64,19 @@ def accumulate_gradients(
     size = len(batch) // parts
     total: dict[str, Tensor] = {}
     for index in range(parts):
-        with without_synchronisation() if index < parts - 1 else nullcontext():
+        with without_synchronisation() if index < parts - 1 else nullcontext(), float32_products(precision):
             losses = losses_of(batch[index * size : (index + 1) * size])
             shares = {name: loss / parts for name, loss in losses.items()}
             backward(sum_of(shares))
         for name, loss in shares.items():
             total[name] = total[name] + loss.detach() if name in total else loss.detach()
     return total
+
+
+def log_precision(precision: Precision | None) -> None:
+    """Say which key decides, if there is a mode: published configs switch on SOLVER.AMP as well."""
+    if precision is not None:
+        logger.info("MODEL.MASK_FORMER.PRECISION is %s: it decides alone, SOLVER.AMP is not read", precision)
 
 
 def sum_of(losses: Mapping[str, Tensor]) -> Tensor:
@@ -97,6 +113,28 @@ class SkippedSteps:
                 f"{iteration}: {dict(losses)}; lower SOLVER.BASE_LR, or set SOLVER.AMP.DTYPE bfloat16"
             )
         return True
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep the memory that a training step on a CPU frees, instead of getting it anew for the next one.
+
+    Pages from the system are filled with zeros at their first use. Memory stays at the most that a step needed, until
+    the process ends. Settings of malloc in the environment stand.
+
+    Returns:
+        Whether it was done; elsewhere than on Linux with glibc there is nothing to do.
+    """
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    is_set |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if is_set or platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    settings = (  # numbers of <malloc.h>
+        (-4, 0),  # M_MMAP_MAX: no block is a mapping of its own
+        (-1, -1),  # M_TRIM_THRESHOLD: nothing is given back
+        (-2, 256 << 20),  # M_TOP_PAD: what more is fetched at a time
+    )
+    return all(libc.mallopt(*setting) == 1 for setting in settings)
 
 
 def peak_memory_mb(device_type: str) -> float:

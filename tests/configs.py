@@ -32,6 +32,7 @@ TRANSLATIONS: list[Callable[[Any], dict[str, Any]]] = [
     config.criterion_arguments,
     config.input_arguments,
     config.inference_arguments,
+    config.precision_arguments,
     config.evaluation_arguments,
     config.mapper_arguments,
     config.custom_dataset_arguments,

@@ -458,8 +458,16 @@ def test_solver_of_the_published_coco_configs() -> None:
         "value": 0.01,
         "norm_type": 2.0,
     }
-    assert config.step_arguments(cfg) == {"accumulation_steps": 1, "amp_dtype": "float16"}
+    assert config.step_arguments(cfg) == {"accumulation_steps": 1, "amp_dtype": "float16", "precision": None}
     assert config.step_arguments(make_config({"SOLVER.AMP.ENABLED": False}))["amp_dtype"] is None
+
+
+@pytest.mark.parametrize("precision", ["strict", "tf32", "fast"])
+def test_precision_takes_the_place_of_mixed_precision(precision: str) -> None:
+    cfg = make_config({"MODEL.MASK_FORMER.PRECISION": precision, "SOLVER.AMP.ENABLED": True})
+    assert config.precision_arguments(cfg) == {"precision": precision}
+    assert config.step_arguments(cfg) == {"accumulation_steps": 1, "amp_dtype": None, "precision": precision}
+    assert config.precision_arguments(make_config()) == {"precision": None}
 
 
 def test_inference_defaults() -> None:
@@ -616,6 +624,8 @@ def test_instance_mapper_crops_without_looking_at_categories() -> None:
         (config.clip_arguments, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "agc", "full_model, norm, value"),
         (config.step_arguments, "SOLVER.AMP.DTYPE", "float64", "float16, bfloat16"),
         (config.step_arguments, "SOLVER.ACCUMULATION_STEPS", 0, "1"),
+        (config.precision_arguments, "MODEL.MASK_FORMER.PRECISION", "half", "strict, tf32, fast or empty"),
+        (config.step_arguments, "MODEL.MASK_FORMER.PRECISION", "bfloat16", "strict, tf32, fast or empty"),
         (config.architecture_arguments, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MaskFormer"),
         (
             config.architecture_arguments,

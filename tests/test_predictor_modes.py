@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mask2former
 from mask2former import predictor as predictor_module
 from mask2former.checkpoint import ModelDescription, save_model_file
 from mask2former.predictor import InstancePicture, PanopticPicture, PictureResult, Predictor
@@ -17,6 +18,7 @@ from tests.tiny import architecture, assert_same_pictures, categories, lively_mo
 
 TASKS = ("panoptic", "instance", "semantic")
 HALF = (torch.bfloat16, torch.float16)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +237,62 @@ def test_the_callers_modes_do_not_matter(dtype: torch.dtype) -> None:
     assert_same_pictures(several, expected["panoptic"])
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_fast_is_close(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, task: Any) -> None:
+    fast = lively_predictor(precision="fast", score_threshold=0.7)
+    assert (fast.precision, fast.dtype) == ("fast", torch.bfloat16)
+    spy = Spy(fast, monkeypatch)
+    threshold, pixels = 0.7 if task == "instance" else None, picture(seed=2)
+    expected = predictor(pixels, task, threshold=threshold)
+    for result in (fast(pixels, task), *fast.batch([pixels] * 2, task)):
+        assert_close(result, expected, score=0.05, share=0.03)
+    assert spy.dtypes == {torch.float32}
+    assert fast.with_queries(pixels, task)[1].dtype == np.float32
+    alone = fast(pixels, task)
+    with torch.autocast("cpu", torch.float16), torch.enable_grad():
+        assert_same_pictures(fast(pixels, task), alone)
+
+
+@pytest.mark.parametrize("precision", ["strict", "tf32"])
+def test_float32_modes_give_the_same_bits_on_a_cpu(predictor: Predictor, precision: Any) -> None:
+    other = lively_predictor(precision=precision)
+    assert (other.precision, other.dtype) == (precision, torch.float32)
+    for task, expected in predictor.all_tasks(picture()).items():
+        assert_same_pictures(other(picture(), task), expected)
+
+
+def test_precision_is_a_setting_of_the_model() -> None:
+    model = lively_model()
+    assert Predictor(model, categories=categories()).precision is None
+    assert Predictor(model, categories=categories(), precision="fast").precision == "fast"
+    assert model.precision == "fast"
+    assert Predictor(model, categories=categories()).precision == "fast"
+    with pytest.raises(ValueError, match=r"dtype must be float32 where precision is 'fast', .* got torch\.bfloat16"):
+        Predictor(model, categories=categories(), dtype=torch.bfloat16)
+
+
+def test_one_of_the_two_switches_alone() -> None:
+    with pytest.raises(ValueError, match=r"dtype must be float32 where precision is 'strict', .* got torch\.float16"):
+        lively_predictor(precision="strict", dtype=torch.float16)
+    with pytest.raises(ValueError, match="precision must be one of strict, tf32, fast or None, got 'bf16'"):
+        lively_predictor(precision="bf16")
+
+
+def test_precision_from_a_file(tmp_path: Path) -> None:
+    description = ModelDescription(architecture=architecture(), categories=categories())
+    save_model_file(tmp_path / "m.safetensors", lively_model(), description)
+    loaded = mask2former.load(tmp_path / "m.safetensors", precision="fast", shortest=64, longest=160)
+    assert_same_pictures(loaded(picture(), "semantic"), lively_predictor(precision="fast")(picture(), "semantic"))
+
+
+def test_fast_on_the_bundled_model() -> None:
+    """docs/compatibility.md has the numbers of more pictures."""
+    model, file = ROOT / "demo/models/panoptic.safetensors", ROOT / "demo/pictures/yellow_bus.jpg"
+    plain, fast = (mask2former.load(model, shortest=160, precision=mode).all_tasks(file) for mode in ("strict", "fast"))
+    for task in ("panoptic", "semantic"):  # an instance that the model is undecided about can change as a whole
+        assert_close(fast[task], plain[task], score=0.02, share=0.01)
+
+
 def test_a_model_can_be_trained_after_a_prediction(predictor: Predictor) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = lively_predictor(dtype=dtype).model
@@ -246,9 +304,11 @@ def test_a_model_can_be_trained_after_a_prediction(predictor: Predictor) -> None
 # ---- threads
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_share_one_predictor(dtype: torch.dtype) -> None:
-    predictor = lively_predictor(dtype=dtype)
+@pytest.mark.parametrize(
+    "mode", [{}, {"dtype": torch.bfloat16}, {"precision": "fast"}], ids=["float32", "bfloat16", "fast"]
+)
+def test_threads_share_one_predictor(mode: dict[str, Any]) -> None:
+    predictor = lively_predictor(**mode)
     before = {name: tensor.clone() for name, tensor in predictor.model.state_dict().items()}
     attributes = dict(vars(predictor))
     pictures = [picture(40 + 9 * i, 60, seed=i) for i in range(3)]

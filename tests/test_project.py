@@ -212,8 +212,9 @@ def test_requirements_cover_the_imports(environment):
     for_export = modules_of(environment, "requirements-export.txt")
     for_timm = {name for name in modules_of(environment, "requirements-timm.txt") if is_module(name)}
     assert imports_of((ROOT / "mask2former/modeling/backbones").glob("*.py")) >= for_timm
+    optional = for_export | modules_of(environment, "requirements-evaluation.txt")
     # torchvision is used where it is, see mask2former/ops/deform_conv.py
-    assert listed <= imports_of(core) - for_large - for_timm - {"torchvision"} <= listed | for_export
+    assert listed <= imports_of(core) - for_large - for_timm - {"torchvision"} <= listed | optional
     for_training = modules_of(environment, "requirements-train.txt")
     assert imports_of(engine) - listed - {"wandb"} == for_training - {"tensorboard"}  # torch imports TensorBoard
 

@@ -272,6 +272,20 @@ def test_command_measures(run, photo, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("proposals_test: 1 images, 1 segments\n")
 
 
+def test_command_reads_data_sets_of_a_config(run, photo, tmp_path, capsys):
+    """An image without objects: nothing can be found, which is not zero percent."""
+    pytest.importorskip("yaml")
+    image = {"id": 1, "file_name": photo.name, "height": 50, "width": 70}
+    truth = {"images": [image], "annotations": [], "categories": [{"id": 3, "name": "cell"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    source = {"NAME": "proposals_custom", "IMAGES": str(tmp_path), "COCO_JSON": str(tmp_path / "truth.json")}
+    (tmp_path / "config.yaml").write_text(json.dumps({"DATASETS": {"CUSTOM": [source]}}))  # JSON is YAML
+    assert run("--dataset", "proposals_custom", "--config-file", tmp_path / "config.yaml") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "proposals_custom: 1 images, 0 segments"
+    assert lines[-1].split() == ["layer", "3", "nan", "nan"]
+
+
 def test_command_says_what_is_wrong(run, photo, tmp_path, capsys):
     out = ("--output", tmp_path / "out")
     wrong = [
@@ -282,6 +296,7 @@ def test_command_says_what_is_wrong(run, photo, tmp_path, capsys):
         (["--input", photo, *out, "--first", 3], "--first is about a data set and needs --dataset"),
         (["--input", photo, *out, "--threshold", 2], "--threshold must be in [0, 1], got 2.0"),
         (["--dataset", "no_such_set"], "no data set is registered as 'no_such_set'"),
+        (["--dataset", "a", "--config-file", "none.yaml"], "--config-file: there is no file none.yaml"),
         (["--dataset", "a", "--json", tmp_path / "no" / "f.json"], f"--json: there is no folder {tmp_path / 'no'}"),
     ]
     for arguments, message in wrong:

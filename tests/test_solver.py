@@ -131,6 +131,26 @@ def test_make_optimizer() -> None:
         make_optimizer(_Parts(), optimizer="ADAM", momentum=0.9, **PUBLISHED)
 
 
+def test_fused_adamw_updates_as_plain_adamw_does_and_continues_its_state() -> None:
+    settings = PUBLISHED | {"base_lr": 1e-3}
+    torch.manual_seed(3)
+    fused_model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))
+    plain_model = copy.deepcopy(fused_model)
+    fused = make_optimizer(fused_model, optimizer="ADAMW", momentum=0.9, **settings)
+    plain = torch.optim.AdamW(parameter_groups(plain_model, **settings), lr=1e-3)
+    for step in range(6):
+        if step == 3:  # a checkpoint of plain AdamW
+            fused = make_optimizer(fused_model, optimizer="ADAMW", momentum=0.9, **settings)
+            fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+        assert all(group["fused"] for group in fused.param_groups)
+        inputs = torch.randn(3, 5)
+        for model, optimizer in ((fused_model, fused), (plain_model, plain)):
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(dict(fused_model.state_dict()), dict(plain_model.state_dict()), rtol=1e-5, atol=1e-6)
+
+
 # -------------------------------------------------------------------------------------------------- clipping
 
 

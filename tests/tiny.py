@@ -121,7 +121,7 @@ def lively_model() -> Mask2Former:
 
 def lively_predictor(**changes: Any) -> Predictor:
     """A predictor with `lively_model`; changes are its arguments."""
-    values: dict[str, Any] = {"shortest": 64, "longest": 160, "object_mask_threshold": 0.3, "overlap_threshold": 0.2}
+    values: dict[str, Any] = {"shortest": 64, "longest": 160, "object_mask_threshold": 0.3, "overlap_threshold": 0.15}
     return Predictor(lively_model(), **{"categories": categories(), **values, **changes})
 
 
@@ -141,7 +141,7 @@ def assert_same_pictures(a: PictureResult, b: PictureResult) -> None:
 def _lively_model() -> Mask2Former:
     for seed in range(23, 100):
         model = _with_contrast(seed)
-        predictor = Predictor(model, categories=categories(), shortest=64, longest=160, overlap_threshold=0.2)
+        predictor = Predictor(model, categories=categories(), shortest=64, longest=160, overlap_threshold=0.15)
         result = predictor(picture(), "panoptic", threshold=0.3)
         assert isinstance(result, PanopticPicture)
         if len(result.segments) >= 5 and len({s.category_id for s in result.segments}) >= 3:

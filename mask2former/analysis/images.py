@@ -17,7 +17,7 @@ class AnalysedImage(NamedTuple):
     """An image, of which nothing may be known but its size.
 
     Attributes:
-        size: (height, width) as the model takes it, before padding.
+        size: (height, width) as the model takes it, before padding; at least 1.
         own_size: (height, width) in the file, that of results.
         record: of the data set; None: made up.
     """
@@ -39,17 +39,6 @@ class AnalysedImage(NamedTuple):
         return TestImage(image_format=image_format, **config.test_resize_arguments(cfg))(self.record)[0]
 
 
-def image_of_size(size: tuple[int, int]) -> AnalysedImage:
-    """One made-up image that is not resized.
-
-    Raises:
-        ValueError: if a side is below 1.
-    """
-    if min(size) < 1:
-        raise ValueError(f"--size must be a height and a width of at least 1, got {size[0]} {size[1]}")
-    return AnalysedImage(size, size)
-
-
 def fixed_input_size(cfg: Any) -> tuple[int, int]:
     """(height, width) of --use-fixed-input-size: the square that the config trains on.
 
@@ -62,24 +51,20 @@ def fixed_input_size(cfg: Any) -> tuple[int, int]:
     elif mapper["augmentation"]["crop_size"] is not None and mapper["augmentation"]["crop_type"] == "absolute":
         side = mapper["augmentation"]["crop_size"][0]
     else:
-        raise ValueError(
-            "--use-fixed-input-size needs a config with INPUT.CROP of TYPE 'absolute'; --size H W does not"
-        )
+        raise ValueError("--use-fixed-input-size needs crops of one size, INPUT.CROP.TYPE 'absolute'; use --size H W")
     return side, side
 
 
-def test_set_images(cfg: Any, count: int) -> tuple[str, list[AnalysedImage]]:
+def images_of_test_set(cfg: Any, count: int) -> tuple[str, list[AnalysedImage]]:
     """The name of the first data set of DATASETS.TEST, and its first images, with the size of a test.
 
     Args:
         cfg: config.
-        count: how many at most.
+        count: how many at most, at least 1.
 
     Raises:
         ValueError: if there is no such data set, it has no image, or its files are missing or damaged.
     """
-    if count < 1:
-        raise ValueError(f"--num-inputs must be at least 1, got {count}")
     if not cfg.DATASETS.TEST:
         raise ValueError(f"DATASETS.TEST must name a data set to take images from, got none; {_WITHOUT_DATA}")
     name = cfg.DATASETS.TEST[0]

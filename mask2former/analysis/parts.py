@@ -8,6 +8,8 @@ from mask2former.modeling.layers import FrozenBatchNorm2d
 
 PARTS = ("backbone", "sem_seg_head.pixel_decoder", "sem_seg_head.predictor", "criterion")
 """The top-level parts, by name of the module; the predictor is the transformer decoder."""
+OTHER = "other"
+"""What is in none of them."""
 
 
 class PartSize(NamedTuple):
@@ -27,11 +29,11 @@ class PartSize(NamedTuple):
 
 
 def part_sizes(model: nn.Module) -> dict[str, PartSize]:
-    """The size of each of `PARTS` by name, of "" for what lies outside of them, if it is not empty.
+    """The size of each of `PARTS` by name, and of `OTHER`, if it is not empty.
 
     What several modules share counts once, for the first.
     """
-    sizes = {part: dict.fromkeys(PartSize._fields, 0) for part in (*PARTS, "")}
+    sizes = {part: dict.fromkeys(PartSize._fields, 0) for part in (*PARTS, OTHER)}
     for name, parameter in model.named_parameters():
         sizes[part_of(name)]["trainable" if parameter.requires_grad else "fixed"] += parameter.numel()
     frozen = [f"{name}." for name, module in model.named_modules() if isinstance(module, FrozenBatchNorm2d)]
@@ -42,8 +44,8 @@ def part_sizes(model: nn.Module) -> dict[str, PartSize]:
 
 
 def part_of(name: str) -> str:
-    """The part that a module, parameter or buffer is in, "" for none."""
-    return next((part for part in PARTS if name == part or name.startswith(f"{part}.")), "")
+    """The part that a module, parameter or buffer is in."""
+    return next((part for part in PARTS if name == part or name.startswith(f"{part}.")), OTHER)
 
 
 def module_tree(model: nn.Module, depth: int, name: str = "") -> dict[str, Any]:

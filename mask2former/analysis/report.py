@@ -56,10 +56,11 @@ def _activations(result: Mapping[str, Any]) -> str:
 def _throughput(result: Mapping[str, Any]) -> str:
     peak = "not known" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:,.0f} MiB"
     weights = "random weights" if result["weights"] is None else result["weights"]
+    precision = "float32" if result["precision"] is None else f"precision {result['precision']}"
     pictures = "one picture" if result["pictures"] == 1 else f"{result['pictures']} pictures"
     return (
         f"throughput: {result['images_per_second']:.3g} images/s, {1000 * result['seconds']:.1f} ms an image with "
-        f"post-processing\nmedian of {result['repeats']} runs on {pictures}, one at a time, float32, {weights}, "
+        f"post-processing\nmedian of {result['repeats']} runs on {pictures}, one at a time, {precision}, {weights}, "
         f"{result['device']}; peak memory {peak}\n{result['operators']}"
     )
 

@@ -19,7 +19,7 @@ _WARM_UP = 2
 
 
 class Speed(NamedTuple):
-    """Of one image after the other, in float32, from the resized image on the CPU to the results of all tasks.
+    """Of one image after the other, from the resized image on the CPU to the results of all tasks.
 
     Attributes:
         seconds: median of the repeats.
@@ -47,13 +47,8 @@ def measure_speed(
         model: in evaluation mode.
         cfg: config.
         images: (3, h, w) uint8 as large as the model is to see it, and (height, width) of its results.
-        repeats: timed predictions, after two that are not timed.
-
-    Raises:
-        ValueError: if ``repeats`` is below 1.
+        repeats: timed predictions, at least 1, after two that are not timed.
     """
-    if repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {repeats}")
     settings = config.inference_arguments(cfg)
     flags = _is_thing(cfg)
     is_cuda = model.device.type == "cuda"

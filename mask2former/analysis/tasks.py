@@ -10,7 +10,7 @@ import torch
 from mask2former import config
 from mask2former.analysis.images import AnalysedImage, padded
 from mask2former.analysis.operations import Kind, OperationCounter, count_operations
-from mask2former.analysis.parts import PARTS, PartSize, module_tree, part_sizes
+from mask2former.analysis.parts import OTHER, PARTS, PartSize, part_sizes
 from mask2former.analysis.speed import measure_speed
 from mask2former.build import build_model
 from mask2former.checkpoint import load_weights
@@ -35,7 +35,7 @@ def analyse_parameters(model: Mask2Former) -> dict[str, Any]:
     """Numbers of parameters and constants, of each part and in all."""
     sizes = part_sizes(model)
     total = PartSize(*(sum(numbers) for numbers in zip(*sizes.values(), strict=True)))
-    return {"total": total._asdict(), "parts": {_label(part): size._asdict() for part, size in sizes.items()}}
+    return {"total": total._asdict(), "parts": {part: size._asdict() for part, size in sizes.items()}}
 
 
 def analyse_operations(
@@ -69,17 +69,6 @@ def analyse_operations(
     }
 
 
-def analyse_structure(model: Mask2Former, depth: int) -> dict[str, Any]:
-    """The tree of modules.
-
-    Raises:
-        ValueError: if ``depth`` is negative.
-    """
-    if depth < 0:
-        raise ValueError(f"--depth must be at least 0, got {depth}")
-    return module_tree(model, depth)
-
-
 def analyse_throughput(
     cfg: Any, images: Sequence[AnalysedImage], *, device: str, repeats: int, weights: str | None
 ) -> dict[str, Any]:
@@ -93,19 +82,21 @@ def analyse_throughput(
         weights: file of the whole model; None: random weights.
 
     Raises:
-        ValueError: if the weights do not fit, or a number is out of its range.
+        ValueError: if the weights do not fit.
         OSError: if a file cannot be read.
     """
     torch.manual_seed(0)
-    model = build_model(config.architecture_arguments(cfg)).eval()
+    precision = config.precision_arguments(cfg)["precision"]
+    model = build_model(config.architecture_arguments(cfg), precision).eval()
     if weights is not None:
         load_weights(model, weights)
-    taken = [(image.pixels(cfg), image.own_size) for image in images[: max(repeats, 1)]]
+    taken = [(image.pixels(cfg), image.own_size) for image in images[:repeats]]
     speed = measure_speed(model.to(device), cfg, taken, repeats)
     return {
         "images_per_second": speed.images_per_second,
         **speed._asdict(),
         "pictures": len(taken),
+        "precision": precision,
         "weights": weights,
         "operators": describe(),
     }
@@ -123,16 +114,16 @@ def describe_images(source: str, images: Sequence[AnalysedImage], divisibility: 
     }
 
 
-def _label(part: str) -> str:
-    return part or "other"
-
-
 def _by_part(
     counters: Sequence[tuple[OperationCounter, int]], value: Callable[[OperationCounter, str], int]
 ) -> dict[str, float]:
-    """Means of the parts that have any."""
+    """Means of the parts that have any, and of what is outside of them."""
+
+    def outside(counter: OperationCounter) -> int:
+        return value(counter, "") - sum(value(counter, part) for part in PARTS)
+
     means = {part: _mean((value(counter, part), number) for counter, number in counters) for part in PARTS}
-    means["other"] = _mean((value(counter, ""), number) for counter, number in counters) - sum(means.values())
+    means[OTHER] = _mean((outside(counter), number) for counter, number in counters)
     return {part: mean for part, mean in means.items() if mean}
 
 

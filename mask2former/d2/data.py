@@ -11,12 +11,14 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, build_det
 from detectron2.data.common import DatasetFromList
 from detectron2.structures import BitMasks, Instances
 from detectron2.utils import comm
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mask2former import config
 from mask2former.data import CatalogEntry, MappedDataset, Record, SegmentationMapper, catalog
 from mask2former.data.catalog import Call
 from mask2former.data.training import TestImage, batch_sampler, training_mapper, training_records
+from mask2former.modeling.structures import PackedTarget
 from mask2former.own_data import register_custom_datasets
 from mask2former.training import images_per_process
 
@@ -147,6 +149,55 @@ def is_thing_of(metadata: Any, num_classes: int) -> list[bool]:
     return [i in ids for i in range(num_classes)]
 
 
+class PackedMasks(BitMasks):
+    """Detectron2's masks, made when something asks for their tensor: workers hand over, and GPUs get, label maps.
+
+    Attributes:
+        packed: with any labels; None once there is a tensor, which may have been changed.
+    """
+
+    def __init__(self, packed: PackedTarget) -> None:
+        self.packed: PackedTarget | None = packed
+        self.image_size = tuple(packed.maps.shape[1:])
+
+    @property
+    def tensor(self) -> Tensor:
+        """(N, H, W) bool."""
+        if self.packed is not None:
+            self._tensor, self.packed = self.packed.masks, None
+        return self._tensor
+
+    @tensor.setter
+    def tensor(self, masks: Tensor) -> None:
+        self._tensor, self.packed = masks, None
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device if self.packed is None else self.packed.maps.device
+
+    def to(self, *args: Any, **kwargs: Any) -> BitMasks:
+        if self.packed is None:
+            return super().to(*args, **kwargs)
+        return PackedMasks(PackedTarget(*(part.to(*args, **kwargs) for part in self.packed)))
+
+    def pin_memory(self) -> BitMasks:
+        if self.packed is None:
+            return BitMasks(self.tensor.pin_memory())
+        return PackedMasks(PackedTarget(*(part.pin_memory() for part in self.packed)))
+
+    def __len__(self) -> int:
+        return len(self.tensor) if self.packed is None else len(self.packed.objects)
+
+
+class TrainingInstances(Instances):
+    """Instances that PyTorch's loader can pin."""
+
+    def pin_memory(self) -> "TrainingInstances":
+        fields = self.get_fields().items()
+        pinned = {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in fields}
+        return TrainingInstances(self.image_size, **pinned)
+
+
 class MaskFormerDatasetMapper:
     """The core's mapper with Detectron2's result, for every published INPUT.DATASET_MAPPER_NAME.
 
@@ -176,9 +227,9 @@ class MaskFormerDatasetMapper:
         if rng is None:
             rng = np.random.default_rng(np.random.randint(2**31))  # noqa: NPY002
         image, target = self.mapper(record, rng)
-        instances = Instances((image.shape[1], image.shape[2]))
+        instances = TrainingInstances((image.shape[1], image.shape[2]))
         instances.gt_classes = target.labels
-        instances.gt_masks = BitMasks(target.masks)
+        instances.gt_masks = PackedMasks(target)
         kept = {k: v for k, v in record.items() if k not in ("annotations", "segments_info")}
         return kept | {"image": image, "instances": instances}
 
@@ -209,9 +260,7 @@ def build_train_loader(cfg: Any, start_batch: int = 0) -> DataLoader:
         ValueError: if there is nothing to train on, or a key asks for what this loader cannot do.
     """
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', got {cfg.DATALOADER.SAMPLER_TRAIN!r}"
-        )
+        raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler', got {cfg.DATALOADER.SAMPLER_TRAIN!r}")
     batch_size = images_per_process(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
     everything = [record for name in cfg.DATASETS.TRAIN for record in dataset_records(name)]
     without_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -235,7 +284,7 @@ def build_train_loader(cfg: Any, start_batch: int = 0) -> DataLoader:
         batch_sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_as_list,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
         persistent_workers=False,
     )
 

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from mask2former import config
 from mask2former.d2.config import get_config
 from mask2former.d2.trainer import Trainer
+from mask2former.training import keep_freed_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,6 +51,8 @@ def run(args: Namespace) -> dict[str, Any] | None:
         if config.tta_arguments(cfg)["enabled"]:
             results.update(Trainer.test_with_TTA(cfg, model))
         return results
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     try:

@@ -10,12 +10,12 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 
 from mask2former.build import build_criterion
-from mask2former.config import criterion_arguments, inference_arguments, input_arguments
-from mask2former.d2.data import dataset_metadata, is_thing_of
+from mask2former.config import criterion_arguments, inference_arguments, input_arguments, precision_arguments
+from mask2former.d2.data import PackedMasks, dataset_metadata, is_thing_of
 from mask2former.inference import ImageResult, image_result
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import MaskGeometry
-from mask2former.modeling.structures import MaskPrediction, MaskTarget
+from mask2former.modeling.structures import MaskPrediction, MaskTarget, PackedTarget
 
 
 @META_ARCH_REGISTRY.register()
@@ -54,6 +54,7 @@ class MaskFormer(Mask2Former):
             "dataset_name": datasets[0] if datasets else "",
             "inference": inference_arguments(cfg),
             **input_arguments(cfg),
+            **precision_arguments(cfg),
         }
 
     @property
@@ -119,7 +120,7 @@ def as_detectron2(result: ImageResult, output_size: tuple[int, int]) -> dict[str
     return results
 
 
-def target_from_instances(instances: Instances | None) -> MaskTarget:
+def target_from_instances(instances: Instances | None) -> MaskTarget | PackedTarget:
     """Ground truth of one image from Detectron2's structure, whichever mapper made it.
 
     Raises:
@@ -133,6 +134,10 @@ def target_from_instances(instances: Instances | None) -> MaskTarget:
             "Detectron2's own mapper makes them if MODEL.MASK_ON is True"
         )
     masks = instances.gt_masks
+    if isinstance(masks, PackedMasks) and masks.packed is not None:
+        objects, maps = masks.packed
+        labels = instances.gt_classes.to(objects)  # which somebody may have changed
+        return PackedTarget(torch.cat([labels[:, None], objects[:, 1:]], dim=1), maps)
     if isinstance(masks, PolygonMasks):
         masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
     if isinstance(masks, BitMasks):

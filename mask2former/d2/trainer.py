@@ -158,7 +158,8 @@ class MaskFormerStep(SimpleTrainer):
         """
         super().__init__(model, data_loader, optimizer)
         step = config.step_arguments(cfg)
-        self.accumulation_steps = step["accumulation_steps"]
+        self.accumulation_steps, self.precision = step["accumulation_steps"], step["precision"]
+        training.log_precision(self.precision)
         training.images_per_process(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), self.accumulation_steps)
         self.clip = config.clip_arguments(cfg)
         self.clips = self.clip.pop("enabled")
@@ -201,6 +202,7 @@ class MaskFormerStep(SimpleTrainer):
             losses_of=self._losses,
             backward=lambda loss: self.grad_scaler.scale(loss).backward(),
             without_synchronisation=self.model.no_sync if is_distributed else nullcontext,
+            precision=self.precision,
         )
 
     def _losses(self, part: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

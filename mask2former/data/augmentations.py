@@ -9,12 +9,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mask2former.data import color
 from mask2former.data.geometry import View, resize_image
 
 Flip = Literal["horizontal", "vertical", "none"]
 CropType = Literal["absolute", "absolute_range", "relative", "relative_range"]
+AnyImage = NDArray[np.uint8] | Image.Image
 LabelSource = Callable[[], NDArray[np.int32]]
 """Gives the (H, W) categories of an image, -1 where there is none; called only when they are needed."""
 
@@ -24,16 +26,19 @@ _CROP_ATTEMPTS = 10
 class Augmentation(Protocol):
     """What the mapper asks of an augmentation."""
 
-    def __call__(
-        self, image: NDArray[np.uint8], rng: np.random.Generator, labels: LabelSource | None = None
-    ) -> View:
+    def __call__(self, image: AnyImage, rng: np.random.Generator, labels: LabelSource | None = None) -> View:
         """
         Args:
-            image: (H, W, 3) uint8 RGB; not changed.
+            image: (H, W, 3) uint8 RGB, or of Pillow's mode RGB, which is what the mapper has; not changed.
             rng: the only source of randomness.
             labels: categories of the pixels, for augmentations that look at them.
         """
         ...
+
+
+def whole_image(image: AnyImage, rng: np.random.Generator, labels: LabelSource | None = None) -> View:
+    """No augmentation: the image as it is."""
+    return View.of(image)
 
 
 class LargeScaleJitter:
@@ -47,9 +52,7 @@ class LargeScaleJitter:
         flip: direction of the flip that half of the images get.
     """
 
-    def __init__(
-        self, *, image_size: int, min_scale: float, max_scale: float, flip: Flip = "horizontal"
-    ) -> None:
+    def __init__(self, *, image_size: int, min_scale: float, max_scale: float, flip: Flip = "horizontal") -> None:
         _check_positive("image_size", image_size)
         if not 0 < min_scale <= max_scale:
             raise ValueError(f"min_scale and max_scale must be 0 < min <= max, got {min_scale}, {max_scale}")
@@ -58,9 +61,7 @@ class LargeScaleJitter:
         self.max_scale = max_scale
         self.flip = _checked_flip(flip)
 
-    def __call__(
-        self, image: NDArray[np.uint8], rng: np.random.Generator, labels: LabelSource | None = None
-    ) -> View:
+    def __call__(self, image: AnyImage, rng: np.random.Generator, labels: LabelSource | None = None) -> View:
         """A view of (image_size, image_size); see `Augmentation`."""
         view = random_flip(View.of(image), self.flip, rng)
         scale = rng.uniform(self.min_scale, self.max_scale)
@@ -121,9 +122,7 @@ class ResizeCropColor:
         self.color_aug = color_aug
         self.flip = _checked_flip(flip)
 
-    def __call__(
-        self, image: NDArray[np.uint8], rng: np.random.Generator, labels: LabelSource | None = None
-    ) -> View:
+    def __call__(self, image: AnyImage, rng: np.random.Generator, labels: LabelSource | None = None) -> View:
         """A view of the crop's size, or smaller where the resized image is; see `Augmentation`."""
         view = View.of(image)
         if shortest := self._shortest(rng):
@@ -131,7 +130,7 @@ class ResizeCropColor:
         if self.crop_size is not None:
             view = view.crop(*self._window(view, self.crop_size, rng, labels))
         if self.color_aug:
-            view = View(color.distort(view.image, rng), view.rows, view.cols)
+            view = view.with_image(color.distort(view.image, rng))
         return random_flip(view, self.flip, rng)
 
     def _shortest(self, rng: np.random.Generator) -> int:
@@ -271,8 +270,7 @@ def _check_positive(name: str, value: int) -> None:
 def _check_crop(crop_type: CropType, crop_size: tuple[float, float]) -> None:
     if crop_type not in ("absolute", "absolute_range", "relative", "relative_range"):
         raise ValueError(
-            "crop_type must be 'absolute', 'absolute_range', 'relative' or 'relative_range', "
-            f"got {crop_type!r}"
+            f"crop_type must be 'absolute', 'absolute_range', 'relative' or 'relative_range', got {crop_type!r}"
         )
     low, high = min(crop_size), max(crop_size)
     if crop_type.startswith("relative") and not (low > 0 and high <= 1):

@@ -78,6 +78,15 @@ def read_image(path: str | os.PathLike[str], format: ImageFormat = "RGB") -> NDA
     return pixels if format == "RGB" else np.ascontiguousarray(pixels[..., ::-1])
 
 
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """As `read_image`, as a decoded Pillow image of mode RGB.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`.
+    """
+    return _read(path, _upright_rgb)
+
+
 def read_label_map(path: str | Path) -> NDArray[Any]:
     """Reads a map of whole numbers: 8 or 16 bits, or palette (whose indices are taken).
 
@@ -131,15 +140,17 @@ def _read(path: str | os.PathLike[str], convert: Callable[[Image.Image], T]) -> 
 
 
 def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    return np.array(_upright_rgb(image))
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     transpose = _TRANSPOSE_BY_ORIENTATION.get(_orientation(image))
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when it goes to RGB at once
-    image = image.convert("RGB")
-    if transpose is not None:
-        image = image.transpose(transpose)
-    return np.array(image)
+    image = _rgb(image)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _array_pixels(image: Any) -> NDArray[np.uint8]:
@@ -186,7 +197,13 @@ def _in_colors(image: Image.Image) -> Image.Image:
         raise ValueError(f"a panoptic image must have 8 bits a channel, got mode {image.mode}")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Decoded, so that it outlives its file; a conversion from RGB to RGB would be a copy."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -9,21 +9,15 @@ import torch
 from torch import Tensor
 
 from mask2former.data.augmentations import Augmentation
-from mask2former.data.images import ImageFormat, read_image, read_label_map, read_panoptic_colors
-from mask2former.data.targets import (
-    NO_SEGMENT,
-    ObjectMasks,
-    SegmentMap,
-    object_masks,
-    panoptic_segments,
-    semantic_segments,
-)
-from mask2former.modeling.structures import MaskTarget
+from mask2former.data.images import ImageFormat, read_image, read_label_map, read_panoptic_ids, read_picture
+from mask2former.data.targets import LabelMaps, object_masks, panoptic_segments, semantic_segments
+from mask2former.modeling.structures import PackedTarget
 
 __all__ = ["MappedSample", "SegmentationMapper", "read_image"]
 
 Source = Literal["semantic", "panoptic", "instance"]
 
+_VOID = -1  # in the categories that augmentations see
 _KEYS_BY_SOURCE = {
     "semantic": ("sem_seg_file_name",),
     "panoptic": ("pan_seg_file_name", "segments_info"),
@@ -36,11 +30,11 @@ class MappedSample(NamedTuple):
 
     Attributes:
         image: (3, H, W) uint8 in the mapper's channel order.
-        target: its ground truth, at the same H and W.
+        target: its ground truth, at the same H and W; `labels` and `masks` as in a `MaskTarget`.
     """
 
     image: Tensor
-    target: MaskTarget
+    target: PackedTarget
 
 
 class SegmentationMapper:
@@ -97,21 +91,19 @@ class SegmentationMapper:
         file = record["file_name"]
         if missing := [key for key in _KEYS_BY_SOURCE[self.source] if key not in record]:
             raise ValueError(f"{file}: source {self.source!r} needs {missing[0]!r}, which the record lacks")
-        image = read_image(file)
-        height, width = image.shape[:2]
+        picture = read_picture(file)
+        height, width = picture.height, picture.width
         expected = (record.get("height", height), record.get("width", width))
         _check_size(file, (height, width), expected, "its record says")
         segments = self._segments(record, height, width)
 
-        labels = partial(segments.label_map, NO_SEGMENT) if isinstance(segments, SegmentMap) else None
-        view = self.augmentation(image, rng, labels)
+        labels = None if self.source == "instance" else partial(segments.label_map, _VOID)
+        view = self.augmentation(picture, rng, labels)
         if self.size_divisibility > 0:
             view = view.pad(*(_next_multiple(edge, self.size_divisibility) for edge in view.size))
-        pixels = view.image if self.image_format == "RGB" else view.image[..., ::-1]
-        channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, H, W)
-        return MappedSample(channels_first, segments.target(view))
+        return MappedSample(torch.from_numpy(view.planes(self.image_format)), segments.target(view))
 
-    def _segments(self, record: Mapping[str, Any], height: int, width: int) -> SegmentMap | ObjectMasks:
+    def _segments(self, record: Mapping[str, Any], height: int, width: int) -> LabelMaps:
         if self.source == "instance":
             file = record["file_name"]
             return object_masks(record["annotations"], height, width, self.num_classes, file)
@@ -121,16 +113,15 @@ class SegmentationMapper:
             _check_size(file, label_map.shape, (height, width), "its image has")
             return semantic_segments(label_map, self.ignore_label, self.num_classes, file)
         file = record["pan_seg_file_name"]
-        colors = read_panoptic_colors(file)
-        _check_size(file, colors.shape[:2], (height, width), "its image has")
-        return panoptic_segments(colors, record["segments_info"], self.num_classes, file)
+        ids = read_panoptic_ids(file)
+        _check_size(file, ids.shape, (height, width), "its image has")
+        return panoptic_segments(ids, record["segments_info"], self.num_classes, file)
 
 
 def _check_size(file: str, size: tuple[int, ...], expected: tuple[int, ...], said_by: str) -> None:
     if tuple(size) != tuple(expected):
         raise ValueError(
-            f"{file}: the size is {size[0]}x{size[1]} (height x width), "
-            f"but {said_by} {expected[0]}x{expected[1]}"
+            f"{file}: the size is {size[0]}x{size[1]} (height x width), but {said_by} {expected[0]}x{expected[1]}"
         )
 
 

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from mask2former.build import build_model
-from mask2former.config import architecture_arguments
+from mask2former.config import architecture_arguments, precision_arguments
 from mask2former.data.catalog import UnknownDatasetError
 from mask2former.engine.checkpoints import CheckpointFolder
 from mask2former.engine.config import ConfigError, get_config
@@ -25,6 +25,7 @@ from mask2former.engine.evaluation import Results, evaluate, rank, world_size
 from mask2former.engine.processes import is_launched, launch, launched_rank, make_fabric, say
 from mask2former.engine.trainer import Trainer, TrainingInterrupted
 from mask2former.engine.weights import load_for_evaluation
+from mask2former.training import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ def train_or_evaluate(cfg: Any, *, resume: bool = False, eval_only: bool = False
     _configure(cfg)
     if eval_only:
         return _evaluate_only(cfg, resume=resume)
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer.train()
@@ -154,7 +157,7 @@ def _evaluate_only(cfg: Any, *, resume: bool) -> Results | None:
     if rank() == 0:
         folder.check_writable()
     last = folder.last() if resume else None
-    model = build_model(architecture)
+    model = build_model(architecture, **precision_arguments(cfg))
     load_for_evaluation(model, str(last) if last else cfg.MODEL.WEIGHTS)
     return evaluate(cfg, model.to(fabric.device), with_tta=True)
 

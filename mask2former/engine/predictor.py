@@ -20,7 +20,7 @@ def configured_model(cfg: Any) -> ConfiguredModel:
     Raises:
         ConfigError: if the weights do not fit, or no data set of the config has as many classes as the model.
     """
-    model = build_model(config.architecture_arguments(cfg))
+    model = build_model(config.architecture_arguments(cfg), **config.precision_arguments(cfg))
     load_for_evaluation(model, cfg.MODEL.WEIGHTS)
     return ConfiguredModel(cfg=cfg, model=model, categories=_categories(cfg))
 

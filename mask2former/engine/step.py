@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mask2former import config, solver, training
 from mask2former.data import MappedSample
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.modeling.structures import MaskTarget
+from mask2former.modeling.structures import MaskTarget, PackedTarget
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class _Losses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Sequence[Tensor], targets: Sequence[MaskTarget]) -> dict[str, Tensor]:
+    def forward(self, images: Sequence[Tensor], targets: Sequence[MaskTarget | PackedTarget]) -> dict[str, Tensor]:
         return self.model.losses(images, targets)
 
 
@@ -53,7 +53,9 @@ class TrainingStep:
         Raises:
             ValueError: if the batch cannot be shared out among processes and parts.
         """
-        self.accumulation_steps = config.step_arguments(cfg)["accumulation_steps"]
+        step = config.step_arguments(cfg)
+        self.accumulation_steps, self.precision = step["accumulation_steps"], step["precision"]
+        training.log_precision(self.precision)
         training.images_per_process(cfg.SOLVER.IMS_PER_BATCH, fabric.world_size, self.accumulation_steps)
         self.clip = config.clip_arguments(cfg)
         self.clips = self.clip.pop("enabled")
@@ -83,6 +85,7 @@ class TrainingStep:
             losses_of=lambda part: self.module([s.image for s in part], [s.target for s in part]),
             backward=self.fabric.backward,
             without_synchronisation=self._without_synchronisation,
+            precision=self.precision,
         )
         values, is_finite, stops = self._agreed(losses, stop)
         skips = self.skipped.skips(is_finite, iteration, values)

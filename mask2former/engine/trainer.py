@@ -85,7 +85,7 @@ class Trainer:
         drawn = self.fabric.broadcast(secrets.randbelow(2**31))
         self.seed: int = cfg.SEED if cfg.SEED >= 0 else drawn
         torch.manual_seed(self.seed)
-        self.model: Mask2Former = build_model(architecture)
+        self.model: Mask2Former = build_model(architecture, **config.precision_arguments(cfg))
         optimizer = solver.make_optimizer(self.model, **config.optimizer_arguments(cfg))
         self.step = TrainingStep(cfg, self.fabric, self.model, optimizer)
         factor = solver.lr_factor(**config.schedule_arguments(cfg))

@@ -13,6 +13,7 @@ import functools
 import io
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib.metadata import PackageNotFoundError, version
@@ -57,7 +58,7 @@ def _installed_library() -> MatchingLibrary:
         found = version(_FASTER)
     except PackageNotFoundError:
         return MatchingLibrary(False, f"pycocotools ({_FASTER}, which is faster, is not installed)")
-    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         return MatchingLibrary(False, f"pycocotools ({_FASTER} {found} is older than {oldest})")
     return MatchingLibrary(True, f"{_FASTER} {found}")

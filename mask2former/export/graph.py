@@ -54,6 +54,7 @@ class SegmentationGraph(nn.Module):
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
         self.network: Mask2Former = copy.deepcopy(network).cpu().eval().requires_grad_(False)
+        self.network.precision = None  # ``dtype`` says what the program computes in
         self._is_half = dtype == torch.float16
         if self._is_half:
             halve_weights(self.network)

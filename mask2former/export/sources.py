@@ -32,22 +32,39 @@ def from_config(config_file: str, weights: str, opts: Sequence[str], notes: Mapp
         ValueError: if the config cannot be used, or the weights do not fit.
         OSError: if a file cannot be read.
     """
-    get_config: Any
     configured_model: Any
     if find_spec("detectron2") is None:
-        from mask2former.engine.config import get_config
         from mask2former.engine.predictor import configured_model
     else:
-        from mask2former.d2 import get_config
         from mask2former.d2.predictor import configured_model
 
-    cfg = get_config(config_file, [*opts, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"])
+    cfg = read_config(config_file, [*opts, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cpu"])
     configured = configured_model(cfg)
     description = configured.describe(notes)
     with torch.random.fork_rng(devices=[]):
         network = build_model(description.architecture)
     network.load_state_dict(configured.model.state_dict())
     return Source(network.eval(), description)
+
+
+def read_config(config_file: str, opts: Sequence[str] = ()) -> Any:
+    """Read a config with the engine that is there, which registers its DATASETS.CUSTOM.
+
+    Args:
+        config_file: YAML file.
+        opts: overrides, names and values in turn.
+
+    Raises:
+        ValueError: if the config cannot be used.
+        OSError: if a file cannot be read.
+    """
+    get_config: Any
+    if find_spec("detectron2") is None:
+        from mask2former.engine.config import get_config
+    else:
+        from mask2former.d2 import get_config
+
+    return get_config(config_file, list(opts))
 
 
 def from_model(name: str, notes: Mapping[str, str]) -> Source:

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.per_pixel import PixelCriterion
-from mask2former.modeling.structures import MaskPrediction, MaskTarget, PixelFeatures, QueryPrediction
+from mask2former.modeling.pixel_decoders import DeformablePixelDecoder
+from mask2former.modeling.precision import Precision, check_precision, float32_products, forward_mode
+from mask2former.modeling.structures import (
+    MaskPrediction,
+    MaskTarget,
+    PackedTarget,
+    PixelFeatures,
+    QueryPrediction,
+    unpacked,
+)
 
 ALL_LEVELS = "multi_scale_pixel_decoder"
 """The transformer decoder gets the levels of the pixel decoder as they are."""
@@ -92,6 +101,7 @@ class Mask2Former(nn.Module):
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         size_divisibility: int = 32,
+        precision: Precision | None = None,
     ) -> None:
         """Set up from built parts.
 
@@ -101,9 +111,10 @@ class Mask2Former(nn.Module):
             criterion: the training loss; a `PixelCriterion` if the head classifies pixels.
             pixel_mean, pixel_std: normalisation, in the channel order of the images and in 0..255.
             size_divisibility: batches are padded to a multiple of it.
+            precision: what to compute in, see `mask2former.modeling.precision`; None: as published.
 
         Raises:
-            ValueError: if ``size_divisibility`` is below 1.
+            ValueError: if ``size_divisibility`` is below 1, or ``precision`` is another word.
         """
         super().__init__()
         if size_divisibility < 1:
@@ -112,6 +123,7 @@ class Mask2Former(nn.Module):
         self.sem_seg_head = sem_seg_head
         self.criterion = criterion
         self.size_divisibility = size_divisibility
+        self.precision = precision
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -119,6 +131,33 @@ class Mask2Former(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.pixel_mean.device
+
+    @property
+    def precision(self) -> Precision | None:
+        """What `predict` and `losses` compute in, whatever the caller's autocast and settings; None: in those.
+
+        Raises:
+            ValueError: if it is set to another word than those of `mask2former.modeling.precision`.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        check_precision("precision", precision)
+        self._precision = precision
+        for module in self.modules():
+            if isinstance(module, DeformablePixelDecoder):
+                module.in_bfloat16 = precision == "fast"
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile backbone and head, each as one graph; arguments as of `torch.compile`.
+
+        Not `forward`, as `torch.nn.Module.compile` does: `predict` is what is called, here and by engines, and a
+        `precision` is entered outside of the graphs. `torch.compile(model.predict)` is one graph where there is none.
+        `predict_with_queries` has the compiled backbone only.
+        """
+        for part in (self.backbone, self.sem_seg_head):
+            part.compile(*args, **kwargs)
 
     def batch_images(self, images: Sequence[Tensor]) -> Tensor:
         """Normalise images and pad them, bottom and right with zeros, to one size.
@@ -171,12 +210,17 @@ class Mask2Former(nn.Module):
             with_masks: make the masks. The losses do not want them all; parts that cannot leave them out make them.
 
         Returns:
-            Predictions, the last one final. Padding is not masked, as published.
+            Predictions, the last one final. Padding is not masked, as published. Float32 in evaluation mode if there is
+            a `precision`.
         """
-        features = self.backbone(batch)
-        if with_masks or not can_leave_masks_out(self.sem_seg_head):
-            return self.sem_seg_head(features, all_layers)
-        return self.sem_seg_head(features, all_layers, with_masks=False)
+        with forward_mode(self.precision, batch.device.type):
+            features = self.backbone(batch)
+            if not with_masks and can_leave_masks_out(self.sem_seg_head):
+                return self.sem_seg_head(features, all_layers, with_masks=False)
+            predictions: list[MaskPrediction] = self.sem_seg_head(features, all_layers)
+        if self.precision != "fast" or self.training:  # the criterion converts what it samples
+            return predictions
+        return [MaskPrediction(*(logits.float() for logits in prediction)) for prediction in predictions]
 
     def predict_with_queries(self, batch: Tensor) -> tuple[MaskPrediction, Tensor]:
         """The final prediction of `predict`, and embeddings of what the queries found.
@@ -193,12 +237,16 @@ class Mask2Former(nn.Module):
             AttributeError: if the transformer decoder is not this project's and has no ``predict_with_queries``.
         """
         head: Any = self.sem_seg_head
-        return head.predictor.predict_with_queries(head.pixel_features(self.backbone(batch)))
+        with forward_mode(self.precision, batch.device.type):
+            prediction, queries = head.predictor.predict_with_queries(head.pixel_features(self.backbone(batch)))
+        if self.precision == "fast":
+            prediction, queries = MaskPrediction(*(logits.float() for logits in prediction)), queries.float()
+        return prediction, queries
 
     def losses(
         self,
         images: Sequence[Tensor],
-        targets: Sequence[MaskTarget],
+        targets: Sequence[MaskTarget | PackedTarget],
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Weighted training losses of a batch; their sum is what is minimised.
@@ -209,7 +257,8 @@ class Mask2Former(nn.Module):
             generator: source of the random points.
         """
         batch = self.batch_images(images)
-        targets = [MaskTarget(*(part.to(self.device, non_blocking=True) for part in t)) for t in targets]
-        predictions = self.predict(batch, all_layers=True, with_masks=False)
+        wanted = [unpacked(target, self.device) for target in targets]
         canvas = (batch.shape[2], batch.shape[3])
-        return self.criterion.weighted(self.criterion(predictions, targets, canvas, generator))
+        with float32_products(self.precision):
+            predictions = self.predict(batch, all_layers=True, with_masks=False)
+            return self.criterion.weighted(self.criterion(predictions, wanted, canvas, generator))

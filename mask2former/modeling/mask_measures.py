@@ -42,8 +42,8 @@ def measure_masks(mask_logits: Tensor, geometry: MaskGeometry, masks: Tensor | N
             inside = logits > 0  # (n, R, W)
             if masks is not None:
                 masks[chunk, rows] = inside
-            in_column[chunk] |= inside.any(1)
-            in_row[chunk, rows] = inside.any(2)
+            in_column[chunk] |= _any(inside, 1)
+            in_row[chunk, rows] = _any(inside, 2)
             areas[chunk] += areas_of(inside)
             total[chunk] = logits.sigmoid_().mul_(inside).flatten(1).sum(1)
     return MaskMeasures(totals.sum(0) / (areas + 1e-6), areas, _boxes(in_column, in_row))
@@ -58,12 +58,17 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     Returns:
         (N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask.
     """
-    return _boxes(masks.any(1), masks.any(2))
+    return _boxes(_any(masks, 1), _any(masks, 2))
 
 
 def areas_of(masks: Tensor) -> Tensor:
     """(N, H, W) bool -> (N,) int64."""
     return masks.view(torch.uint8).flatten(1).sum(1)  # as numbers more than twice as fast as bool
+
+
+def _any(masks: Tensor, dim: int) -> Tensor:
+    """What ``masks.any(dim)`` gives, of numbers and so on a CPU fifty times as fast."""
+    return masks.view(torch.uint8).amax(dim).bool()
 
 
 def _boxes(in_column: Tensor, in_row: Tensor) -> Tensor:

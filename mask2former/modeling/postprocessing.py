@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mask2former.modeling.bands import MaskGeometry
-from mask2former.modeling.competition import competition
+from mask2former.modeling.competition import competition, largest
 from mask2former.modeling.mask_measures import masks_to_boxes, measure_masks
 from mask2former.modeling.matrix_nms import matrix_nms_decay
 from mask2former.modeling.structures import MaskPrediction
@@ -154,7 +154,7 @@ def semantic_labels(
     """
     labels = torch.empty(geometry.output_size, dtype=torch.int32, device=mask_logits.device)
     for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first):
-        labels[rows] = band.argmax(0)
+        labels[rows] = largest(band)[1]
     return labels
 
 

@@ -82,3 +82,39 @@ class MaskTarget(NamedTuple):
 
     labels: Tensor
     masks: Tensor
+
+
+class PackedTarget(NamedTuple):
+    """The ground truth of one image in little memory, as it goes from process to process and to a device.
+
+    Objects that do not overlap share a map: all segments of panoptic data have one map, (H, W) bytes, instead of (N, H,
+    W).
+
+    Attributes:
+        objects: (N, 3) int64: label in [0, K), number of the map, value of the object's pixels in that map.
+        maps: (L, H, W) uint8. Pixels with a value that no object of the map has belong to none; 0 is such a value.
+    """
+
+    objects: Tensor
+    maps: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 in [0, K)."""
+        return self.objects[:, 0]
+
+    @property
+    def masks(self) -> Tensor:
+        """(N, H, W) bool, True inside the object; made anew at each access."""
+        maps = self.maps if len(self.maps) == 1 else self.maps[self.objects[:, 1]]
+        return maps == self.objects[:, 2].to(torch.uint8)[:, None, None]
+
+
+def unpacked(target: MaskTarget | PackedTarget, device: torch.device) -> MaskTarget:
+    """The target on a device. A packed one is unpacked there: less is to be copied."""
+    ahead = device.type == "cuda"  # from pinned memory the host need not wait; to the host it must
+    parts = [part.to(device, non_blocking=ahead) for part in target]
+    if isinstance(target, PackedTarget):
+        packed = PackedTarget(*parts)
+        return MaskTarget(packed.labels, packed.masks)
+    return MaskTarget(*parts)

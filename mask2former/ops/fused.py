@@ -66,7 +66,8 @@ def linear(
     Returns:
         (…, C_out).
     """
-    if not fuses(x) or x.numel() < _FEW_ROWS * x.shape[-1] or (residual is not None and activation != "none"):
+    is_one_step = residual is None or activation == "none"
+    if not is_one_step or x.numel() < _FEW_ROWS * x.shape[-1] or not _fuse(x, weight, bias, residual):
         out = F.linear(x, weight, bias)
         out = F.relu_(out) if activation == "relu" else F.gelu(out) if activation == "gelu" else out
         return out if residual is None else residual + out
@@ -98,7 +99,7 @@ def convolution(
     Returns:
         (B, C_out, H', W'), in the order of ``x``.
     """
-    if not fuses(x):
+    if not _fuse(x, weight, bias, residual):
         out = F.conv2d(x, weight, bias, stride, padding)
         out = out if residual is None else out + residual
         return F.relu_(out) if relu else out
@@ -107,3 +108,8 @@ def convolution(
         return _operators._convolution_pointwise(x, weight, bias, *place, "relu" if relu else "none", [], "")
     after = "relu" if relu else None
     return _operators._convolution_pointwise.binary(x, residual, weight, bias, *place, "add", 1.0, after, [], None)
+
+
+def _fuse(x: Tensor, *others: Tensor | None) -> bool:
+    """`fuses`, and all are of one type; with others ordinary operators are the ones that know what to say or do."""
+    return fuses(x) and all(other is None or other.dtype == x.dtype for other in others)

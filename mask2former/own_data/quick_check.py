@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mask2former.data.augmentations import LabelSource
+from mask2former.data.augmentations import whole_image
 from mask2former.data.catalog import CatalogEntry
-from mask2former.data.geometry import View
 from mask2former.data.mapper import SegmentationMapper
 from mask2former.data.records import Record
 from mask2former.own_data.registration import CustomDataset
@@ -52,12 +50,8 @@ def _map(entry: CatalogEntry, records: Sequence[Record], dataset: CustomDataset)
         source=_TARGETS[dataset.source.kind],
         num_classes=entry.metadata.num_classes,
         ignore_label=entry.metadata.ignore_label,
-        augmentation=_whole_image,
+        augmentation=whole_image,
     )
     counts = [len(mapper(record, np.random.default_rng(0)).target.labels) for record in records]
     what = "classes" if dataset.source.kind == "semantic" else "objects"
     return f"{sum(counts) / len(counts):.1f} {what} an image in {len(counts)} that were looked at"
-
-
-def _whole_image(image: NDArray[np.uint8], rng: Any, labels: LabelSource | None = None) -> View:
-    return View.of(image)

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +73,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("config_file", "first", "json"):
         if getattr(args, name) is not None and args.dataset is None:
             raise ValueError(f"--{name.replace('_', '-')} is about a data set and needs --dataset")
+    if args.config_file is not None and not Path(args.config_file).is_file():
+        raise FileNotFoundError(f"--config-file: there is no file {args.config_file}")
     if args.json is not None and not args.json.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {args.json.parent}")
 
@@ -94,10 +95,11 @@ def _measure(predictor: "Predictor", args: argparse.Namespace) -> None:
     from mask2former.atomic_files import write_atomically
     from mask2former.data import catalog
     from mask2former.evaluation.progress import with_progress
+    from mask2former.export.sources import read_config
     from mask2former.proposals.recall import proposal_recall
 
     if args.config_file is not None:
-        _register_custom(args.config_file)
+        read_config(args.config_file)  # registers its data sets
     entry = catalog.get(args.dataset)
     records = entry.load()[: args.first]
     images = with_progress(records, entry.name, here=len(records), overall=len(records))
@@ -107,16 +109,6 @@ def _measure(predictor: "Predictor", args: argparse.Namespace) -> None:
     if args.json is not None:
         document = {"model": args.model, "dataset": entry.name} | report._asdict() | {"layers": _rows(report)}
         write_atomically(args.json, json.dumps(document, indent=1).encode())
-
-
-def _register_custom(config_file: str) -> None:
-    get_config: Any
-    if find_spec("detectron2") is None:
-        from mask2former.engine.config import get_config
-    else:
-        from mask2former.d2 import get_config
-
-    get_config(config_file)
 
 
 def _table(report: "RecallReport") -> str:

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mask2former.data.augmentations import LabelSource
+from mask2former.data.augmentations import whole_image
 from mask2former.data.catalog import DatasetMetadata
-from mask2former.data.geometry import View
 from mask2former.data.mapper import SegmentationMapper, Source
 from mask2former.data.records import Record
 from mask2former.evaluation.proposal_recall import ProposalRecall, mask_ious
@@ -92,12 +91,8 @@ def _with_truth(
     mapper = SegmentationMapper(
         source=source,
         num_classes=metadata.num_classes,
-        augmentation=_as_it_is,
+        augmentation=whole_image,
         ignore_label=metadata.ignore_label,
     )
     image, target = mapper(record, np.random.default_rng(0))
     return image.permute(1, 2, 0).numpy(), target.labels.numpy(), target.masks.numpy()
-
-
-def _as_it_is(image: NDArray[np.uint8], rng: np.random.Generator, labels: LabelSource | None = None) -> View:
-    return View.of(image)

@@ -11,14 +11,17 @@ from detectron2.structures import BitMasks
 
 from mask2former.d2.data import (
     MaskFormerDatasetMapper,
+    PackedMasks,
     build_test_loader,
     build_train_loader,
     dataset_metadata,
     dataset_records,
     register_datasets,
 )
+from mask2former.d2.meta_arch import target_from_instances
 from mask2former.data import catalog
 from mask2former.data.catalog import CatalogEntry, Category, DatasetMetadata
+from mask2former.modeling.structures import PackedTarget
 from tests import miniatures
 
 
@@ -162,6 +165,46 @@ def test_training_loader_gives_detectron2s_form(tiny_cfg):
     assert isinstance(sample["instances"].gt_masks, BitMasks)
     assert len(sample["instances"].gt_classes) == len(sample["instances"].gt_masks) > 0
     assert {"file_name", "image_id", "height", "width"} <= set(sample)
+
+
+def test_masks_are_packed_until_their_tensor_is_asked_for(tiny_cfg):
+    sample = take(build_train_loader(tiny_cfg), 1)[0][0]
+    instances = sample["instances"]
+    masks = instances.gt_masks
+    assert isinstance(masks, PackedMasks)
+    packed = target_from_instances(instances)
+    assert isinstance(packed, PackedTarget)
+    assert masks.packed is not None
+    assert len(masks) == len(packed.labels) > 1
+    assert masks.device == torch.device("cpu")
+    instances.gt_classes = instances.gt_classes + 1  # as somebody's own step may do
+    assert torch.equal(target_from_instances(instances).labels, packed.labels + 1)
+    moved = instances.to("cpu").gt_masks
+    assert isinstance(moved, PackedMasks)
+
+    masks.tensor[0] = False  # and this
+    assert not masks.tensor[0].any()
+    assert not target_from_instances(instances).masks[0].any()
+    assert torch.equal(target_from_instances(instances).masks[1:], packed.masks[1:])
+    assert isinstance(instances[1:].gt_masks, BitMasks)
+    assert torch.equal(instances[1:].gt_masks.tensor, packed.masks[1:])
+    assert torch.equal(moved.tensor, packed.masks)
+
+
+def test_all_tensors_of_a_batch_can_be_pinned(tiny_cfg, monkeypatch):
+    """What PyTorch's loader does in its thread, with a stand-in for the copy, which needs a GPU."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    batch = take(build_train_loader(tiny_cfg), 1)[0]
+    for new, old in zip(pin_memory(batch), batch, strict=True):
+        assert samples_equal(new, old)
+        assert new["instances"].gt_masks is not old["instances"].gt_masks
+        assert new["instances"].image_size == old["instances"].image_size
+        for tensor in (old["image"], old["instances"].gt_classes):
+            assert any(tensor is other for other in pinned)
+    assert len(pinned) == 4 * len(batch)  # images, classes, and two tensors of the masks
 
 
 def test_resumed_loader_continues_the_sequence_whatever_the_workers(tiny_cfg):

@@ -136,6 +136,35 @@ def test_metrics_of_two_processes_add_up(monkeypatch):
     assert 5 < together["panoptic_seg"]["PQ"] < 95
 
 
+def test_errors_of_the_thread_come_with_the_name_of_the_image(caplog):
+    record = DatasetCatalog.get(PANOPTIC)[0]
+    output = panoptic_truth(record)
+    evaluator = PanopticEvaluator(PANOPTIC, 133)
+    evaluator.reset()
+    evaluator.process([record | {"pan_seg_file_name": "nowhere.png"}], [output])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        evaluator.evaluate()
+    assert f"Evaluating image {record['file_name']} failed" in caplog.text
+    evaluator.reset()
+    evaluator.process([record], [output])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] > 0
+
+
+def test_queries_of_instances_only_save_time():
+    """Results of the model say which query an instance is from; its mask is then encoded once."""
+    (record, *_) = [r for r in DatasetCatalog.get(INSTANCE) if sum(not a["iscrowd"] for a in r["annotations"]) > 1]
+    found = []
+    for with_queries in (False, True):
+        output = instance_truth(record)
+        one = output["instances"][[0, 0, 1]]
+        if with_queries:
+            one.pred_queries = torch.tensor([4, 4, 2])
+        evaluator = InstanceEvaluator(INSTANCE)
+        evaluator.process([record], [{"instances": one}])
+        found.append(evaluator.tasks[0].metrics["instances"].results)
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
 def task_names(evaluator):
     return [type(task).__name__ for task in evaluator.tasks]
 

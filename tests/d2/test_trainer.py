@@ -81,6 +81,22 @@ def test_mixed_precision_stays_close_to_float32(tiny_cfg):
         assert losses[0] != reference[0]  # it was really used
 
 
+def test_fast_training_needs_no_scaler_and_decides_over_mixed_precision(tiny_cfg):
+    tiny_cfg.DATASETS.TEST = ()
+    tiny_cfg.TEST.EVAL_PERIOD = 0
+    tiny_cfg.SOLVER.MAX_ITER = 1
+    _, reference, _ = run(tiny_cfg)
+    tiny_cfg.SOLVER.AMP.ENABLED = True
+    tiny_cfg.MODEL.MASK_FORMER.PRECISION = "fast"
+    trainer, losses, _ = run(tiny_cfg)
+    assert not trainer._trainer.grad_scaler.is_enabled()
+    assert trainer.model.precision == "fast"
+    assert losses == {0: pytest.approx(reference[0], rel=0.05)}
+    assert losses != reference
+    for state in trainer._trainer.optimizer.state.values():
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
 def test_accumulation_adds_up_the_gradients_of_the_parts(tiny_cfg):
     """The mean gradient of two parts: from one forward pass of each part by hand."""
     tiny_cfg.SOLVER.ACCUMULATION_STEPS = 2

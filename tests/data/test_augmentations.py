@@ -59,6 +59,35 @@ def test_one_gather_equals_pillow_step_by_step(height, width, data):
     np.testing.assert_array_equal(padded.image, np.pad(pixels, [*extra, (0, 0)], constant_values=128))
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(*4 * [st.integers(1, 300)]), st.data())
+def test_a_window_is_cut_out_of_the_whole_resize(sizes, data):
+    """To the last bit: large windows and small ones, at the edges and inside, when enlarging and when shrinking."""
+    height, width, h, w = sizes
+    image = noise(height, width, seed=sum(sizes))
+    top, left = data.draw(st.integers(0, h - 1)), data.draw(st.integers(0, w - 1))
+    rows, cols = data.draw(st.integers(1, h - top)), data.draw(st.integers(1, w - left))
+    whole = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+    view = View.of(image).resize(h, w).crop(top, left, rows, cols)
+    np.testing.assert_array_equal(view.image, whole[top : top + rows, left : left + cols])
+    planes = view.pad(rows + 2, cols + 1).planes("BGR")
+    np.testing.assert_array_equal(planes[:, :rows, :cols], view.image.transpose(2, 0, 1)[::-1])
+    assert (planes[:, rows:] == 128).all()
+    assert (planes[:, :, cols:] == 128).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.37, 0.99, 1.0, 1.31, 2.0])
+def test_a_window_is_cut_out_of_the_whole_resize_of_a_photo(scale):
+    """At the sizes of a training."""
+    image = noise(480, 640)
+    h, w = scaled_size((480, 640), (1024, 1024), scale)
+    for fraction in (0.0, 0.3, 1.0):
+        top, left = jitter_offset((h, w), 1024, fraction)
+        view = View.of(image).resize(h, w).crop(top, left, 1024, 1024)
+        whole = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(view.image, whole[top : top + 1024, left : left + 1024])
+
+
 @settings(max_examples=300)
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_nearest_indices_are_pillows_for_other_modes_too(old, new):

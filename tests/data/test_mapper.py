@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from mask2former.data import LargeScaleJitter, ResizeCropColor, SegmentationMapper, catalog
+from mask2former.data.augmentations import jitter_offset, scaled_size
 from mask2former.data.geometry import View
+from mask2former.data.images import read_panoptic_ids
 from mask2former.data.mapper import read_image
+from mask2former.data.segmentations import mask_from_segmentation
 
 HEIGHT, WIDTH = 40, 60
 BOXES = [(2, 3, 20, 16), (30, 10, 25, 25), (0, 30, 8, 8)]  # x, y, width, height; they do not touch
@@ -119,6 +122,62 @@ def test_an_object_gives_the_same_target_from_every_source(scene, augmentation):
         order = expected.target.labels.argsort()
         assert torch.equal(semantic.labels, expected.target.labels[order])
         assert torch.equal(semantic.masks, expected.target.masks[order])
+
+
+def plain_jitter(pixels, masks, rng, *, side, low, high):
+    """Large-scale jittering in the order of the published steps: each image and each mask as a whole, one by one."""
+    if rng.uniform() < 0.5:
+        pixels, masks = pixels[:, ::-1], [mask[:, ::-1] for mask in masks]
+    h, w = scaled_size(pixels.shape[:2], (side, side), rng.uniform(low, high))
+    top, left = jitter_offset((h, w), side, rng.uniform())
+    image = np.full((side, side, 3), 128, np.uint8)
+    part = np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR))[top:, left:][:side, :side]
+    image[: part.shape[0], : part.shape[1]] = part
+    results = np.zeros((len(masks), side, side), bool)
+    for result, mask in zip(results, masks, strict=True):
+        resized = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((w, h), Image.Resampling.NEAREST))
+        result[: part.shape[0], : part.shape[1]] = resized[top:, left:][:side, :side] != 0
+    return image, results
+
+
+@pytest.mark.parametrize("name", ["coco_sample_val", "coco_sample_val_panoptic_with_sem_seg"])
+def test_samples_are_those_of_the_plain_order(name):
+    """Nothing that is cut off, shared or put off on the way changes a bit, at scales of trainings."""
+    pytest.importorskip("pycocotools")
+    jitter = {"low": 0.1, "high": 2.0, "side": 512}
+    augmentation = LargeScaleJitter(image_size=512, min_scale=0.1, max_scale=2.0)
+    source = "panoptic" if "panoptic" in name else "instance"
+    real = SegmentationMapper(source=source, num_classes=133, augmentation=augmentation)
+    dropped = 0
+    for seed, record in enumerate(catalog.get(name).load()[:12]):
+        if source == "panoptic":
+            ids = read_panoptic_ids(record["pan_seg_file_name"])
+            masks = [ids == s["id"] for s in record["segments_info"] if not s["iscrowd"]]
+            labels = [s["category_id"] for s in record["segments_info"] if not s["iscrowd"]]
+        else:
+            size = record["height"], record["width"]
+            objects = [a for a in record["annotations"] if not a["iscrowd"]]
+            masks = [mask_from_segmentation(a["segmentation"], *size) for a in objects]
+            labels = [a["category_id"] for a in objects]
+        pixels = read_image(record["file_name"])
+        image, expected = plain_jitter(pixels, masks, np.random.default_rng(seed), **jitter)
+        sample = real(record, np.random.default_rng(seed))
+        np.testing.assert_array_equal(sample.image.permute(1, 2, 0).numpy(), image)
+        shown = expected.any(axis=(1, 2))
+        np.testing.assert_array_equal(sample.target.masks.numpy(), expected[shown])
+        assert sample.target.labels.tolist() == np.array(labels)[shown].tolist()
+        dropped += (~shown).sum()
+    assert dropped > 0
+
+
+def test_a_sample_is_small(scene):
+    """What goes from worker to trainer: label maps, not a mask for each object."""
+    for source in ("semantic", "panoptic", "instance"):
+        image, target = mapper(source, "jitter")(scene, np.random.default_rng(0))
+        assert target.maps.shape == (1, 48, 48)
+        assert target.maps.dtype == torch.uint8
+        assert image.is_contiguous()
+        assert len(pickle.dumps(target.maps.numpy())) < 48 * 48 + 500
 
 
 @pytest.mark.parametrize("source", ["semantic", "panoptic", "instance"])

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mask2former.data.geometry import View
+from mask2former.data.segmentations import patch_from_segmentation
 from mask2former.data.targets import (
-    ObjectMasks,
     mask_from_bitmap,
     mask_from_polygons,
     mask_from_rle,
@@ -18,6 +18,7 @@ from mask2former.data.targets import (
     panoptic_ids,
     panoptic_segments,
     semantic_segments,
+    stacked,
 )
 
 SQUARE = [[1, 1, 4, 1, 4, 3, 1, 3]]
@@ -37,6 +38,10 @@ def counts_of(mask):
             runs.append(1)
             value = not value
     return runs
+
+
+def rle_or_bitmap(mask):
+    return mask, {"size": list(mask.shape), "counts": counts_of(mask)}
 
 
 bitmaps = hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9))
@@ -107,10 +112,10 @@ def test_object_masks_leave_crowds_out():
         {"category_id": 2, "iscrowd": 0, "segmentation": bitmap},
         {"category_id": 0, "segmentation": ~bitmap},
     ]
-    objects = object_masks(annotations, 3, 3, 3, "a.jpg")
+    objects = object_masks(annotations, 3, 3, 3, "a.jpg").target(plain_view(3, 3))
     assert objects.labels.tolist() == [2, 0]
-    np.testing.assert_array_equal(objects.masks, [bitmap, ~bitmap])
-    target = object_masks([], 3, 3, 3, "a.jpg").target(plain_view(4, 5))
+    np.testing.assert_array_equal(objects.masks.numpy(), [bitmap, ~bitmap])
+    target = object_masks([], 4, 5, 3, "a.jpg").target(plain_view(4, 5))
     assert target.labels.shape == (0,)
     assert target.masks.shape == (0, 4, 5)
 
@@ -204,9 +209,75 @@ def test_semantic_errors():
             semantic_segments(label_map, 255, 5, "s.png")
 
 
+@given(bitmaps)
+def test_patches_hold_the_object_and_no_more(bitmap):
+    """Whatever the runs of the RLE: several in a column, over the end of a column, of length 0."""
+    height, width = bitmap.shape
+    for segmentation in rle_or_bitmap(bitmap):
+        patch = patch_from_segmentation(segmentation, height, width)
+        whole = np.zeros_like(bitmap)
+        whole[patch.place] = patch.pixels
+        np.testing.assert_array_equal(whole, bitmap)
+        if isinstance(segmentation, np.ndarray) and bitmap.any():
+            assert patch.pixels[0].any() and patch.pixels[-1].any()
+            assert patch.pixels[:, 0].any() and patch.pixels[:, -1].any()
+
+
+@given(st.lists(st.lists(st.floats(-3, 14), min_size=3, max_size=5).map(lambda xs: xs + xs[::-1]), max_size=3))
+def test_patches_of_polygons_are_their_masks(polygons):
+    """Of any polygons, also without area and over the edges."""
+    pytest.importorskip("pycocotools")
+    patch = patch_from_segmentation(polygons, 9, 11)
+    whole = np.zeros((9, 11), dtype=bool)
+    whole[patch.place] = patch.pixels
+    np.testing.assert_array_equal(whole, mask_from_polygons(polygons, 9, 11))
+
+
+def test_runs_of_length_0():
+    expected = np.isin(np.arange(20), range(6, 11)).reshape(5, 4).T
+    for counts in ([6, 5, 9], [0, 0, 6, 5, 9, 0], [6, 2, 0, 3, 9, 0, 0], [2, 0, 4, 5, 4, 0, 5]):
+        patch = patch_from_segmentation({"size": [4, 5], "counts": counts}, 4, 5)
+        whole = np.zeros_like(expected)
+        whole[patch.place] = patch.pixels
+        np.testing.assert_array_equal(whole, expected)
+        assert patch.left == 1
+    empty = patch_from_segmentation({"size": [4, 5], "counts": [3, 0, 17]}, 4, 5)
+    assert empty.pixels.size == 0
+
+
+def test_more_objects_than_a_map_has_values():
+    """600 objects: 300 side by side, the same again on top."""
+    column = np.zeros((1, 300), dtype=bool)
+    masks = [column.copy() for _ in range(600)]
+    for number, mask in enumerate(masks):
+        mask[0, number % 300] = True
+    patches = [patch_from_segmentation(mask, 1, 300) for mask in masks]
+    target = stacked(list(range(600)), patches, 1, 300).target(plain_view(1, 300))
+    assert len(target.maps) == 3  # 255, 255 and 90 objects
+    assert target.labels.tolist() == list(range(600))
+    np.testing.assert_array_equal(target.masks.numpy(), masks)
+
+
+def test_objects_share_a_map_where_they_can():
+    first = np.zeros((4, 6), dtype=bool)
+    first[:, :3] = True
+    second, both = ~first, np.ones_like(first)
+    patches = [patch_from_segmentation(mask, 4, 6) for mask in (first, second, both, first)]
+    maps = stacked([0, 1, 2, 3], patches, 4, 6)
+    target = maps.target(plain_view(4, 6))
+    assert target.objects[:, 1].tolist() == [0, 0, 1, 2]
+    np.testing.assert_array_equal(target.masks.numpy(), [first, second, both, first])
+    # maps that a view does not show do not come along
+    corner = maps.target(plain_view(4, 6).crop(0, 4, 2, 2))
+    assert corner.labels.tolist() == [1, 2]
+    assert corner.objects[:, 1].tolist() == [0, 1]
+    assert corner.maps.shape == (2, 2, 2)
+
+
 @given(hnp.arrays(np.bool_, (3, 5, 7)), st.data())
 def test_objects_in_a_view_are_gathered_pixel_by_pixel(masks, data):
-    """Patches by bounding box against a naive loop; objects that do not show lose their label too."""
+    """Label maps of patches against a naive loop; objects that do not show lose their label too."""
+
     def ends():
         return data.draw(st.integers(1, 9))
 
@@ -220,7 +291,8 @@ def test_objects_in_a_view_are_gathered_pixel_by_pixel(masks, data):
         for x, col in enumerate(view.cols):
             if row >= 0 and col >= 0:
                 expected[:, y, x] = masks[:, row, col]
-    target = ObjectMasks(np.array([4, 5, 6]), masks).target(view)
+    patches = [patch_from_segmentation(data.draw(st.sampled_from(rle_or_bitmap(mask))), 5, 7) for mask in masks]
+    target = stacked([4, 5, 6], patches, 5, 7).target(view)
     kept = expected.any(axis=(1, 2))
     np.testing.assert_array_equal(target.masks.numpy(), expected[kept])
     assert target.labels.tolist() == np.array([4, 5, 6])[kept].tolist()

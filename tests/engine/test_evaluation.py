@@ -4,11 +4,16 @@ import json
 import logging
 import math
 
+import pytest
 import torch
 
 from mask2former.build import build_model
-from mask2former.config import architecture_arguments
-from mask2former.engine.evaluation import evaluate
+from mask2former.config import architecture_arguments, inference_arguments
+from mask2former.data import read_label_map
+from mask2former.engine.data import build_test_loader, dataset_entries, is_thing_of
+from mask2former.engine.evaluation import evaluate, predict
+from mask2former.evaluation import tasks
+from mask2former.inference import image_result, predict_image
 
 
 def untrained(cfg):
@@ -50,3 +55,33 @@ def test_a_model_that_finds_nothing_gets_zeros(tiny):
     assert (
         json.loads((tiny.folder / "output/inference/four_val_panoptic/coco_instances_results.json").read_text()) == []
     )
+
+
+def test_semantic_results_are_labels_those_of_the_best_scores(tiny):
+    cfg = tiny.cfg()
+    model, settings, is_thing = untrained(cfg), inference_arguments(cfg), torch.tensor(is_thing_of(cfg))
+    (entry,) = dataset_entries(cfg, "DATASETS.TEST")
+    for sample in list(build_test_loader(cfg, entry.load()))[:1]:
+        with torch.inference_mode():
+            found = predict(model, sample, settings, is_thing)
+            expected = image_result(*predict_image(model, sample.image, sample.size), settings, lambda: is_thing)
+        assert found.semantic.shape == sample.size
+        assert torch.equal(found.semantic_labels(), expected.semantic_labels().int())
+        assert torch.equal(expected.semantic_labels(), expected.semantic.argmax(0))
+
+
+def test_an_image_that_cannot_be_evaluated_is_named(tiny, caplog, monkeypatch):
+    cfg = tiny.cfg()
+    (entry,) = dataset_entries(cfg, "DATASETS.TEST")
+    record = entry.load()[1]
+
+    def read(path):
+        if path == record["sem_seg_file_name"]:
+            raise OSError(f"{path} is broken")
+        return read_label_map(path)
+
+    monkeypatch.setattr(tasks, "read_label_map", read)
+    with pytest.raises(OSError, match="is broken"):
+        evaluate(cfg, untrained(cfg))
+    assert f"Evaluating image {record['file_name']} failed" in caplog.messages
+    assert not (tiny.folder / "output/inference").exists()

@@ -36,6 +36,15 @@ def test_model_file_predicts_as_the_config_does(tiny, weights):
     assert np.array_equal(ours(PICTURE, "semantic").labels, file(PICTURE, "semantic").labels)
 
 
+def test_precision_of_a_config_is_that_of_its_predictor(tiny, weights):
+    cfg = tiny.cfg(MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__PRECISION="fast")
+    predictor = predictor_from_config(cfg)
+    assert predictor.precision == predictor.model.precision == "fast"
+    path = tiny.folder / "model.safetensors"
+    export_model(cfg, path, dtype=torch.float32)
+    assert Predictor.from_file(path).precision is None
+
+
 def test_no_data_set_with_the_models_classes(tiny, weights):
     with pytest.raises(ConfigError, match="DATASETS must name a data set of 133 classes"):
         predictor_from_config(tiny.cfg(MODEL__WEIGHTS=weights, DATASETS__TRAIN="()", DATASETS__TEST="()"))

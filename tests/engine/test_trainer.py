@@ -69,6 +69,40 @@ def test_mixed_precision_stays_close_to_float32_and_resumes(tiny, make_tiny, dty
     assert resumed == {2: losses[2], 3: losses[3]}
 
 
+def test_fast_training_needs_no_scaler_and_decides_over_mixed_precision(tiny, make_tiny, caplog):
+    _, reference = train(make_tiny().cfg(DATASETS__TEST="()", SOLVER__MAX_ITER=1))
+    changes = {"SOLVER__MAX_ITER": 1, "SOLVER__AMP__ENABLED": True, "MODEL__MASK_FORMER__PRECISION": "fast"}
+    with caplog.at_level("INFO"):
+        trainer, losses = train(tiny.cfg(DATASETS__TEST="()", **changes))
+    assert "MODEL.MASK_FORMER.PRECISION is fast: it decides alone, SOLVER.AMP is not read" in caplog.text
+    assert trainer.step.scaler is None
+    assert trainer.model.precision == "fast"
+    assert losses == {0: pytest.approx(reference[0], rel=0.05)}
+    assert losses != reference
+    for state in trainer.step.optimizer.state.values():
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in trainer.model.parameters()} == {torch.float32}
+
+
+def test_strict_training_is_plain_float32(tiny, make_tiny):
+    """Inside of a step, settings are those of the mode, also in the backward pass; they are put back after it."""
+    _, reference = train(make_tiny().cfg(DATASETS__TEST="()", SOLVER__MAX_ITER=1))
+    cfg = tiny.cfg(
+        DATASETS__TEST="()", SOLVER__MAX_ITER=1, SOLVER__AMP__ENABLED=True, MODEL__MASK_FORMER__PRECISION="strict"
+    )
+    trainer, found, before = Trainer(cfg), [], torch.backends.cudnn.allow_tf32
+    weight = trainer.model.backbone.patch_embed.proj.weight
+    weight.register_hook(lambda gradient: found.append(torch.backends.cudnn.allow_tf32))
+    losses = {}
+    trainer._on_step = lambda i, result: losses.update({i: sum(result.losses.values())})
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert losses == reference
+    assert before
+    assert found == [False]
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_accumulation_adds_up_the_gradients_of_the_parts(tiny):
     trainer = Trainer(tiny.cfg(SOLVER__ACCUMULATION_STEPS=2, SOLVER__CLIP_GRADIENTS__ENABLED=False))
     from mask2former.engine.data import build_train_loader

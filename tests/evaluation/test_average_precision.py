@@ -181,6 +181,18 @@ def test_one_iou_type_needs_only_its_input(two_cats):
     assert list(masks_only.compute()) == ["segm"] and "bbox" not in masks_only.results[0]
 
 
+def test_a_mask_of_several_predictions_is_given_once(two_cats):
+    apart, together = (metric_of(two_cats, iou_types=["segm", "bbox", "boundary"]) for _ in range(2))
+    masks = np.array([rectangle(5, 5, 40, 30), rectangle(60, 40, 50, 40)])
+    boxes = [[5, 5, 45, 35], [60, 40, 110, 80], [5, 5, 45, 35], [1, 2, 3, 4]]
+    which = np.array([0, 1, 0, 1])
+    apart.update(1, [0, 0, 1, 2], [0.9, 0.8, 0.7, 0.6], masks[which], boxes)
+    together.update(1, [0, 0, 1, 2], [0.9, 0.8, 0.7, 0.6], masks, boxes, mask_of=which)
+    assert together.results == apart.results
+    together.update(2, [], [], masks[:0], np.zeros((0, 4)), mask_of=[])
+    assert len(together.results) == 4
+
+
 def test_save_writes_cocos_result_format(two_cats, tmp_path):
     from pycocotools.coco import COCO
 
@@ -210,6 +222,12 @@ def test_save_writes_cocos_result_format(two_cats, tmp_path):
         ({"masks": np.zeros((1, HEIGHT, WIDTH), np.uint8)}, TypeError, "masks.*uint8"),
         ({"masks": np.zeros((1, HEIGHT, 5), bool)}, ValueError, r"masks.*image 1.*\(90, 5\)"),
         ({"masks": np.zeros((2, HEIGHT, WIDTH), bool)}, ValueError, r"masks.*\(1, H, W\)"),
+        ({"mask_of": [1]}, ValueError, r"mask_of.*\[0, 1\).*got 1"),
+        ({"mask_of": [-1]}, ValueError, r"mask_of.*\[0, 1\).*got -1"),
+        ({"mask_of": [0, 0]}, ValueError, r"mask_of.*\(1,\) as labels, got \(2,\)"),
+        ({"mask_of": [0.0]}, TypeError, "mask_of.*float64"),
+        ({"masks": np.zeros((3, HEIGHT, 5), bool), "mask_of": [0]}, ValueError, r"masks.*image 1.*\(90, 5\)"),
+        ({"masks": np.zeros((HEIGHT, WIDTH), bool), "mask_of": [0]}, ValueError, r"masks.*\(M, H, W\)"),
         ({"boxes": None}, ValueError, "boxes.*bbox"),
         ({"boxes": [[0, 1, 2]]}, ValueError, r"boxes.*\(1, 4\)"),
         ({"boxes": [[0, 1, 2, math.inf]]}, ValueError, "boxes.*inf"),

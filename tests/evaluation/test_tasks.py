@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +192,43 @@ def test_names_that_occur_twice_are_told_apart(tmp_path):
     save(tmp_path / "labels.png", np.array([[0, 1]], np.uint8))
     task.update({"sem_seg_file_name": tmp_path / "labels.png"}, SimpleNamespace(semantic=torch.eye(2)[:, None]))
     assert task.results()["sem_seg"]["IoU-door (7)"] == 100
+
+
+def test_instances_of_one_query_have_one_mask(tmp_path, monkeypatch):
+    scene = miniatures.coco(tmp_path)["val"][0]
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    entry = catalog.get("coco_2017_val")
+    (record,) = (r for r in entry.load() if scene.name in Path(r["file_name"]).name)
+    stuff = Category(10**6, "stuff", False, (0, 0, 0))  # left out, wherever it stands
+    metadata = replace(entry.metadata, categories=(stuff, *entry.metadata.categories))
+    found = prediction(scene, entry.metadata).instances
+    order = torch.tensor([2, 0, 1, 0, 2])
+    labels = 1 + found.labels[torch.tensor([2, 0, 1, 2, 0])]
+    labels[2] = 0
+    repeated = SimpleNamespace(
+        labels=labels, scores=torch.linspace(0.9, 0.5, 5), masks=found.masks[order], boxes=found.boxes[order]
+    )
+    with_queries = SimpleNamespace(**vars(repeated), queries=torch.tensor([40, 7, 9, 7, 40]))
+    saved = []
+    for instances in (repeated, with_queries):
+        (task,) = make_tasks("some", metadata, ALL_ON)
+        taken = task.take(SimpleNamespace(instances=instances))
+        assert len(taken.masks) == (4 if instances is repeated else 2)
+        task.count(record, taken)
+        saved.append(task.metrics["instances"].results)
+    assert len(saved[0]) == 4 and saved[0] == saved[1]
+
+
+def test_labels_are_as_good_as_scores(tmp_path):
+    metadata = metadata_of("sem_seg")
+    save(tmp_path / "labels.png", np.array([[0, 1, 2], [2, 1, 0]], np.uint8))
+    scores = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for semantic in (scores, scores.argmax(0), scores.argmax(0).int()):
+        (task,) = make_tasks("some", metadata, ALL_ON)
+        task.update({"sem_seg_file_name": tmp_path / "labels.png"}, SimpleNamespace(semantic=semantic))
+        results.append(task.results())
+    assert results[0] == results[1] == results[2] and 0 < results[0]["sem_seg"]["pACC"] < 100
 
 
 # ---- numbers, not crashes

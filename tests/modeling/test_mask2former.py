@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mask2former.modeling.mask2former import Mask2Former, SegmentationHead
-from mask2former.modeling.structures import MaskTarget
+from mask2former.modeling.structures import MaskTarget, PackedTarget
 from tests.tiny import BACKBONES, K, Q, random_image, random_target, tiny_model
 
 
@@ -116,7 +116,7 @@ def test_losses_give_every_parameter_a_gradient(backbone: str, counts: tuple[int
     assert [n for n, g in gradients.items() if g is None or not g.isfinite().all()] == []
     zero = {n for n, g in gradients.items() if not g.any()}
     if sum(counts) == 0:  # mask losses are 0, and so is the gradient of what only masks depend on
-        only_masks = ("mask_features", "adapter_1", "layer_1", "mask_embed", "backbone.norm0")
+        only_masks = ("mask_features", "adapter_1", "layer_1", "mask_embed", "backbone.norm0", "levels.res2")
         zero = {n for n in zero if not any(part in n for part in only_masks)}
     assert zero == set()
 
@@ -132,6 +132,25 @@ def test_losses_are_those_of_the_criterion_times_their_weights() -> None:
     for name, loss in plain.items():
         factor = next(f for prefix, f in factors.items() if name.startswith(prefix))
         torch.testing.assert_close(weighted[name], factor * loss)
+
+
+def test_packed_targets_give_the_same_losses(model: Mask2Former) -> None:
+    """Two maps: two objects side by side in the first, a third over both in the second; and an image without any."""
+    maps = torch.zeros(2, 40, 60, dtype=torch.uint8)
+    maps[0, :, :30], maps[0, :, 30:50], maps[1, 10:30, 20:40] = 1, 7, 255
+    packed = PackedTarget(torch.tensor([[2, 0, 1], [0, 1, 255], [1, 0, 7]]), maps)
+    assert packed.labels.tolist() == [2, 0, 1]
+    plain = MaskTarget(packed.labels, torch.stack([maps[0] == 1, maps[1] == 255, maps[0] == 7]))
+    assert torch.equal(packed.masks, plain.masks)
+    empty = PackedTarget(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(1, 40, 60, dtype=torch.uint8))
+    assert empty.masks.shape == (0, 40, 60)
+    images = [random_image(40, 60) for _ in range(2)]
+    found, expected = (
+        model.losses(images, targets, torch.Generator().manual_seed(3))
+        for targets in ([packed, empty], [plain, MaskTarget(empty.labels, empty.masks)])
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_losses_in_eval_mode_supervise_all_layers_too(model: Mask2Former) -> None:

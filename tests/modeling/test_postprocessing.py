@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask2former.modeling import bands
 from mask2former.modeling.bands import BandResizer
+from mask2former.modeling.competition import largest
 from mask2former.modeling.postprocessing import (
     InstanceResult,
     MaskGeometry,
@@ -434,6 +435,18 @@ def test_semantic_labels_are_the_arg_max(resize_first: bool, monkeypatch: pytest
     expected = semantic_segmentation(*case, GEOMETRY, resize_first=resize_first).argmax(0)
     assert torch.equal(labels, expected.int())
     assert labels.unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_largest_takes_the_first_of_equal_numbers(count: int) -> None:
+    scores = torch.randint(0, 5, (count, 9, 11)) / 7
+    values, places = largest(scores)
+    assert torch.equal(values, scores.max(0).values)
+    assert torch.equal(places, (scores == values).int().argmax(0))
+    scores[count // 2, 3, 4] = torch.nan
+    values, places = largest(scores)
+    assert values[3, 4].isnan()
+    assert 0 <= places.min() <= places.max() < count
 
 
 @pytest.mark.parametrize("score_threshold", [0.0, 0.3, 2.0])

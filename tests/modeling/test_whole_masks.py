@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mask2former.modeling import criterion as module
+from mask2former.modeling import predicted_masks
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.structures import MaskPrediction, MaskTarget
 from mask2former.modeling.whole_masks import whole_logits, whole_masks
@@ -89,7 +90,8 @@ def test_costs_of_matching_on_whole_masks_equal_the_naive_ones() -> None:
     torch.manual_seed(1)
     predictions, targets = _predictions(1, 2, 3), [random_target(2, 8, 12, 5), random_target(0, 1, 1, 5)]
     criterion = _criterion(match_on="masks")
-    costs = criterion._whole_costs(predictions, torch.stack([p.class_logits for p in predictions]), targets, CANVAS)
+    logits = torch.stack([p.class_logits for p in predictions])
+    costs = criterion._whole_costs(predicted_masks.predicted_masks(predictions), logits, targets, CANVAS)
     assert costs.shape == (1, 2, 3, 2)
     for (q, n), (c, m, d) in _pair_losses(predictions[0], targets[0], 0).items():
         assert costs[0, 0, q, n].item() == pytest.approx(2 * c + 5 * m + 5 * d, rel=1e-4)
@@ -100,13 +102,13 @@ def test_each_of_the_two_settings_acts_alone(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     predictions, targets = _predictions(2, 2, 4), [random_target(3, 7, 10, 5), random_target(1, 8, 12, 5)]
     calls: list[str] = []
-    for name in ("sample_logits", "whole_logits"):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, f=original: calls.append(name) or f(*a))
+    for place, name in ((predicted_masks, "sample_logits"), (module, "mask_loss_sums"), (module, "whole_logits")):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, name=name, f=original, **kw: calls.append(name) or f(*a, **kw))
     expected = {
-        ("points", "points"): ["sample_logits"] * 3,
+        ("points", "points"): ["sample_logits"] * 2 + ["mask_loss_sums"],
         ("points", "masks"): ["sample_logits"] * 2 + ["whole_logits"],
-        ("masks", "points"): ["whole_logits"] * 4 + ["sample_logits"],
+        ("masks", "points"): ["whole_logits"] * 4 + ["mask_loss_sums"],
         ("masks", "masks"): ["whole_logits"] * 5,
     }
     for (match_on, loss_on), names in expected.items():

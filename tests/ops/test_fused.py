@@ -85,6 +85,15 @@ def test_when_they_are_used() -> None:
         assert fused.fuses(x)
 
 
+@torch.no_grad()
+def test_other_types_of_weights_are_refused_as_ever() -> None:
+    layer, conv = Linear(4, 5).double(), conv_norm("GN").double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(300, 4))
+    with pytest.raises(RuntimeError, match="type"):
+        conv(torch.randn(1, 5, 9, 8))
+
+
 @needs_operators
 @torch.no_grad()
 def test_programs_have_ordinary_operators() -> None:

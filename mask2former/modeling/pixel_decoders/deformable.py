@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,12 @@ _NUM_OUTPUT_LEVELS = 3
 
 
 class DeformablePixelDecoder(nn.Module):
-    """Deformable attention over the low-resolution maps, then an FPN up to the mask features."""
+    """Deformable attention over the low-resolution maps, then an FPN up to the mask features.
+
+    Attributes:
+        in_bfloat16: compute products in bfloat16; sampling coordinates, softmax and statistics of normalisations stay
+            float32. False: everything in float32, also in the caller's autocast, as published.
+    """
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class DeformablePixelDecoder(nn.Module):
             ValueError: if a feature is unknown, or the strides leave fewer than three output levels.
         """
         super().__init__()
+        self.in_bfloat16 = False
         unknown = set(transformer_in_features) - set(in_channels)
         if unknown:
             raise ValueError(
@@ -112,27 +120,36 @@ class DeformablePixelDecoder(nn.Module):
     def forward(self, features: Mapping[str, Tensor]) -> PixelFeatures:
         """Decode.
 
-        Runs in float32 under autocast, as published.
-
         Args:
             features: maps (B, C, h, w) by name.
 
         Returns:
-            Mask features at ``common_stride`` and the three coarsest levels, lowest resolution first.
+            Mask features at ``common_stride`` and the three coarsest levels, lowest resolution first; bfloat16 if it
+            computes in that, otherwise float32 or float64.
         """
-        with without_autocast(next(iter(features.values())).device):
+        with self._autocast(next(iter(features.values())).device):
             maps = [
-                project(at_least_float32(features[name]))
+                self._own_type(project(self._own_type(features[name])))
                 for name, project in zip(self._encoder_inputs, self.input_proj, strict=True)
             ]
             levels = self.transformer(maps)
             finest = levels[-1]
             for number, name in reversed(list(enumerate(self._fpn_inputs, 1))):
-                lateral = getattr(self, f"adapter_{number}")(at_least_float32(features[name]))
+                lateral = self._own_type(getattr(self, f"adapter_{number}")(self._own_type(features[name])))
                 upsampled = F.interpolate(finest, lateral.shape[-2:], mode="bilinear", align_corners=False)
-                finest = getattr(self, f"layer_{number}")(lateral + upsampled)
+                finest = self._own_type(getattr(self, f"layer_{number}")(lateral + self._own_type(upsampled)))
                 levels.append(finest)
             return PixelFeatures(self.mask_features(finest), levels[:_NUM_OUTPUT_LEVELS])
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """To bfloat16 if it computes in that, otherwise none, whatever the caller's."""
+        if self.in_bfloat16:
+            return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        return without_autocast(device)
+
+    def _own_type(self, x: Tensor) -> Tensor:
+        """What the decoder computes in; on some devices autocast gives float32 for what is no product."""
+        return x.to(torch.bfloat16) if self.in_bfloat16 else at_least_float32(x)
 
 
 class _DeformableTransformer(nn.Module):
@@ -169,7 +186,8 @@ class _DeformableTransformer(nn.Module):
             tokens = layer(tokens, position, shapes)
         split = tokens.split([h * w for h, w in shapes], dim=1)
         return [
-            t.transpose(1, 2).unflatten(2, shape)  # (B, C, h, w)
+            # (B, C, h, w); in this order its strides say "channels last" also where there is one image alone
+            t.unflatten(1, shape).permute(0, 3, 1, 2)
             for t, shape in zip(split, shapes, strict=True)
         ]
 
@@ -199,10 +217,14 @@ class _EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        attended = self.self_attn(tokens + position, tokens, shapes)
-        tokens = self.norm1(tokens + self.dropout(attended))
+        dtype = tokens.dtype  # on some devices autocast gives float32 for normalisations
+        tokens = self.norm1(self._add(tokens, self.self_attn, tokens + position, tokens, shapes)).to(dtype)
         hidden = self.dropout(self.linear1(tokens))  # the largest tensor of the encoder; its ReLU is in place
-        return self.norm2(tokens + self.dropout(self.linear2(hidden)))
+        return self.norm2(self._add(tokens, self.linear2, hidden)).to(dtype)
+
+    def _add(self, tokens: Tensor, module: nn.Module, *inputs: Any) -> Tensor:
+        """Tokens plus what a module makes of its inputs, part of which is dropped in training."""
+        return tokens + self.dropout(module(*inputs)) if self.training else module(*inputs, residual=tokens)
 
 
 class MSDeformAttn(nn.Module):
@@ -232,13 +254,16 @@ class MSDeformAttn(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(_initial_offsets(num_heads, num_levels, num_points).flatten())
 
-    def forward(self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], residual: Tensor | None = None
+    ) -> Tensor:
         """Attend from every cell of every level.
 
         Args:
             query: (B, S, C), a query a cell.
             value: (B, S, C).
             shapes: (h, w) of each level.
+            residual: (B, S, C), added to the result.
 
         Returns:
             (B, S, C).
@@ -246,9 +271,10 @@ class MSDeformAttn(nn.Module):
         B, S, _ = query.shape
         M, L, P = self.num_heads, self.num_levels, self.num_points
         values = self.value_proj(value).view(B, S, M, -1)
-        offsets_px = self.sampling_offsets(query).view(B, S, M, L, P, 2)
+        with without_autocast(query.device):  # bfloat16 has steps of 1/16 pixel from 8 pixels on
+            offsets_px = self.sampling_offsets(at_least_float32(query)).view(B, S, M, L, P, 2)
         logits = self.attention_weights(query).view(B, S, M, L, P)
-        return self.output_proj(ms_deform_attn_fused(values, shapes, offsets_px, logits))
+        return self.output_proj(ms_deform_attn_fused(values, shapes, offsets_px, logits), residual)
 
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -343,10 +343,10 @@ inline void sum_samples_rest(const T* map, int64_t stride, int64_t samples, cons
 template <typename T>
 inline void forward_row(const Problem<T>& p, Row row, const Scratch<T>& s) {
   constexpr int lanes = Vector<typename SumType<T>::type>::lanes;
-  const int64_t samples = p.L * p.P, stride = p.M * p.D;
+  const int64_t samples = p.L * p.P, stride = p.D;
   read_samples(p, row, 0, samples, s);
   find_cells(0, samples, s);
-  const T* map = p.value + row.b * p.S * stride + row.m * p.D;
+  const T* map = p.value + (row.b * p.M + row.m) * p.S * stride;
   T* output = p.output + ((row.b * p.Q + row.q) * p.M + row.m) * p.D;
   int64_t c = 0;
   for (; c + kMaxVectors * lanes <= p.D; c += kMaxVectors * lanes)
@@ -438,13 +438,13 @@ void backward(const Problem<T>& p, int64_t begin, int64_t end, char* block) {
   using A = typename SumType<T>::type;
   constexpr int lanes = Vector<A>::lanes;
   const Scratch<T> s(p, block);
-  const int64_t samples = p.L * p.P, stride = p.M * p.D;
+  const int64_t samples = p.L * p.P, stride = p.D;
   while (begin < end) {  // all levels of one head that are in the range, together
     const int64_t head = begin / p.L, level = begin % p.L;
     const int64_t levels = p.L - level < end - begin ? p.L - level : end - begin;
     const int64_t first = level * p.P, count = levels * p.P;
     const int64_t b = head / p.M, m = head % p.M;
-    const int64_t map_at = b * p.S * stride + m * p.D;
+    const int64_t map_at = head * p.S * stride;
     for (int64_t q = 0; q < p.Q; ++q) {
       const int64_t row = (b * p.Q + q) * p.M + m;
       read_samples(p, Row{b, q, m}, first, count, s);

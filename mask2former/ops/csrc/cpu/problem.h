@@ -30,12 +30,12 @@ struct Problem {
   const int32_t* widths;   // (L)
   const int32_t* starts;   // (L) first cell of the level
   bool fused;
-  const T* value;
+  const T* value;          // (B, M, S, D)
   const A* points;
   const A* scores;
   T* output;             // forward
   const T* grad_output;  // backward, and all below
-  A* grad_value;         // zeros at the start
+  A* grad_value;         // (B, M, S, D), zeros at the start
   A* grad_points;
   A* grad_scores;  // fused: first of the softmax's results, then of the logits
 
