@@ -121,7 +121,8 @@ def test_the_config_must_have_the_mean_that_timm_trained_with(timm: Any) -> None
 def test_whole_models_have_a_gradient_for_every_parameter(timm: Any, backbone: str) -> None:
     model = model_of(backbone)
     backward(model)
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not [n for n in without if not n.startswith("backbone.model.head.norm.")]  # which older releases leave there
 
 
 def test_a_frozen_backbone_stays_as_it_is_and_is_saved(timm: Any) -> None:
@@ -229,8 +230,8 @@ def test_a_failed_download_is_one_line(timm: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_models_without_published_weights(timm: Any) -> None:
-    with pytest.raises(ValueError, match=r"timm://test_maxvit has no weights: "):
-        pretrained_weights("test_maxvit")
+    with pytest.raises(ValueError, match=r"timm://ghostnet_050 has no weights: "):
+        pretrained_weights("ghostnet_050")
     with pytest.raises(ValueError, match=r"must be a model of timm, .*, got 'nix'"):
         finetune.load_start(build_model(tiny.architecture()), "timm://nix")
 

@@ -54,6 +54,8 @@ class _TimmModel(nn.Module):
     def _keep(self, indices: Sequence[int], cell: int) -> list[int]:
         """Remove what none of these maps needs, so that every parameter gets a gradient; freeze if wanted.
 
+        timm does not remove everything; what is left over needs no gradient, which several processes insist on.
+
         Args:
             indices: of the maps.
             cell: sizes of images will be multiples of it.
@@ -62,21 +64,32 @@ class _TimmModel(nn.Module):
             The channels of the maps.
         """
         self._indices = list(indices)
-        self._check_maps((1, 3, 256 // cell * cell + cell, 320 // cell * cell))
-        self.model.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
-        if self.frozen:
-            self.model.requires_grad_(False)
+        needless = self._check_maps((1, 3, 256 // cell * cell + cell, 320 // cell * cell))
+        self._prune(self.model)
+        for name, parameter in self.model.named_parameters():
+            if self.frozen or name in needless:
+                parameter.requires_grad_(False)
         self.train(self.training)
         return [self.model.feature_info[index]["num_chs"] for index in indices]
 
-    def _check_maps(self, shape: tuple[int, int, int, int]) -> None:
-        """Refuse a model that takes images of its own size only, or whose maps are not as timm reports."""
+    def _prune(self, model: Any) -> None:
+        model.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
+
+    def _check_maps(self, shape: tuple[int, int, int, int]) -> set[str]:
+        """Refuse a model that takes images of its own size only, or whose maps are not as timm reports.
+
+        Returns:
+            Names of the parameters that the maps do not depend on.
+        """
         rule = "model_name (MODEL.TIMM.NAME) must be a timm model for images of any size"
         height, width = shape[-2:]
-        with torch.device("meta"):  # takes no memory, and as good as no time
+        # On this device nothing takes memory, and as good as no time.
+        with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             model = import_timm().create_model(self._name, **self._arguments).eval()
+            self._prune(model)
             try:
                 maps = self._maps(torch.empty(shape), model)
+                torch.stack([x.sum() for x in maps]).sum().backward()
             except (AssertionError, RuntimeError, ValueError) as error:  # each of timm's models has its own way
                 raise ValueError(f"{rule}, got {self._name!r}, which fails for {height}x{width}: {error}") from error
         for index, found in zip(self._indices, maps, strict=True):
@@ -84,6 +97,7 @@ class _TimmModel(nn.Module):
             expected = (1, channels, -(-height // stride), -(-width // stride))
             if found.shape != expected:
                 raise ValueError(f"{rule} with maps of shape {expected}, got {self._name!r} with {tuple(found.shape)}")
+        return {name for name, parameter in model.named_parameters() if parameter.grad is None}
 
     def _maps(self, images: Tensor, model: Any = None) -> list[Tensor]:
         """The maps (B, C, h, w) that are kept, in the order of the model."""
