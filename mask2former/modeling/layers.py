@@ -24,11 +24,24 @@ class Linear(nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, *, activation: fused.Activation = "none"
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self._activation: fused.Activation = activation
+        self.activation: fused.Activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Activation of the map of (…, C), plus ``residual``."""
-        return fused.linear(x, self.weight, self.bias, activation=self._activation, residual=residual)
+        return fused.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+
+
+def feed_forward(first: Linear, second: Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``second(first(x), residual)``: (…, C) -> (…, C'), without the tensor in between where that is possible."""
+    if not fused.fuses(x):
+        return second(first(x), residual)
+    return fused.feed_forward(
+        x,
+        (first.weight, second.weight),
+        (first.bias, second.bias),
+        activation=first.activation,
+        residual=residual,
+    )
 
 
 class Conv2d(nn.Conv2d):

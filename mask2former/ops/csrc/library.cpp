@@ -2,6 +2,7 @@
 // what was compiled in. Fake kernels and gradients are registered from Python.
 #include "ms_deform_attn.h"
 #include "points.h"
+#include "products.h"
 
 #include <Python.h>
 #include <c10/util/Exception.h>
@@ -90,6 +91,12 @@ TORCH_LIBRARY(mask2former, m) {
       "mask_loss_sums_backward(Tensor grad_sums, Tensor probability, Tensor target, Tensor points, SymInt[] size) "
       "-> Tensor");
   m.def("sigmoid_and_softplus_sum(Tensor logits) -> (Tensor, Tensor)");
+  m.def("has_product_kernels() -> bool", &has_product_kernels);
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? residual, "
+      "int activation) -> Tensor");
+  m.def("convolution3x3(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
@@ -101,6 +108,9 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("mask_loss_sums", &mask_loss_sums_cpu);
   m.impl("mask_loss_sums_backward", &mask_loss_sums_backward_cpu);
   m.impl("sigmoid_and_softplus_sum", &sigmoid_and_softplus_sum_cpu);
+  m.impl("linear", &linear_cpu);
+  m.impl("feed_forward", &feed_forward_cpu);
+  m.impl("convolution3x3", &convolution3x3_cpu);
 }
 
 #ifdef MASK2FORMER_WITH_CUDA
