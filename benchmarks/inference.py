@@ -8,8 +8,11 @@ All three get the same weights and the same normalised picture, in float32, and 
 picture's size; before anything is measured their results are compared. Runs take turns; times are medians. "MiB" is the
 highest resident memory of a process of its own, weights included, on top of what it has when all is imported.
 
-The weights are random but for the last layers of the heads, which are set so that a query's mask covers a small part of
-the picture and about 20 of the 100 queries are sure of a class, as in real pictures.
+The weights are random but for the last layers of the heads, which are set so that queries differ, masks cover a part of
+the picture, and 20 of the 100 queries have a class, most of them surely, as in real pictures.
+
+`--keep-memory` lets malloc keep what is freed, for all of them, as demo/demo.py and train_net.py do on a CPU: getting
+pages from the system takes a part of the time that depends on the machine.
 
 On a machine with other work use `--threads 1 --clock cpu`, which counts the processor's time and not that on the clock.
 """
@@ -25,9 +28,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from plain import PlainMask2Former, plain_panoptic
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plain import PlainMask2Former, plain_panoptic
+from mask2former import training
 from mask2former.build import build_model, preset
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
@@ -43,8 +49,8 @@ CLASSES, THINGS = 133, 80
 # masks of random weights overlap more than a trained model's: with 0.8, the default, hardly a segment would be left
 THRESHOLDS = {"object_mask_threshold": 0.8, "overlap_threshold": 0.0}
 SURE_QUERIES = 20
-SIGMAS_BELOW_ZERO = 2  # of a mask logit's mean, in its standard deviations
-TUNING_SIZE = (256, 256)  # of the picture that the heads are set with
+SIGMAS_BELOW_ZERO = 1  # of a mask logit's mean, in its standard deviations
+MASK_LOGITS_STD, CLASS_LOGITS_STD = 8.0, 10.0
 OURS, PLAIN, TRANSFORMERS = "mask2former", "plain operations", "transformers"
 ALL_TASKS = "mask2former, all tasks"
 CONTESTANTS = (OURS, ALL_TASKS, PLAIN, TRANSFORMERS)
@@ -76,18 +82,43 @@ def make_batch(model: Mask2Former, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def make_model(name: str) -> Mask2Former:
-    """A model in evaluation mode, the same for the same name."""
+def make_model(name: str, size: tuple[int, int]) -> Mask2Former:
+    """A model in evaluation mode whose predictions are like those of a trained one, the same for the same arguments.
+
+    Args:
+        name: of the preset.
+        size: (height, width) of the picture of `make_batch`, in which `SURE_QUERIES` queries find objects.
+    """
     torch.manual_seed(0)
     model = build_model(preset(name, num_classes=CLASSES)).eval()
     for layer in model.sem_seg_head.pixel_decoder.transformer.encoder.layers:
         # an untrained model's offsets are the same for all queries; a trained one's are not
         for projection in (layer.self_attn.sampling_offsets, layer.self_attn.attention_weights):
             torch.nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-    batch, head = make_batch(model, TUNING_SIZE), model.sem_seg_head
-    _lower_masks(head, model.predict(batch)[-1].mask_logits)
-    _decide_classes(head.predictor.class_embed, *model.predict_with_queries(batch))
+    head, batch = model.sem_seg_head, make_batch(model, size)
+    pixels = head.pixel_features(model.backbone(batch))
+    # the queries of an untrained model are all alike; what tells them apart is made large
+    queries = head.predictor.predict_with_queries(pixels)[1][0]  # (Q, C)
+    hidden, last = queries, head.predictor.mask_embed.layers[-1]
+    for layer in head.predictor.mask_embed.layers[:-1]:
+        hidden = layer(hidden).relu()
+    features = pixels.mask_features[0].flatten(1)  # (C, H/4 * W/4)
+    _spread(last, hidden, std=MASK_LOGITS_STD / (last(hidden) - last(hidden).mean(0)).matmul(features).std())
+    _lower_masks(head, last(hidden) @ features)
+    queries = head.predictor.predict_with_queries(head.pixel_features(model.backbone(batch)))[1][0]
+    classify = head.predictor.class_embed
+    _spread(classify, queries, std=CLASS_LOGITS_STD / (classify(queries) - classify(queries).mean(0)).std())
+    logits = classify(queries)
+    margin = (logits[:, :-1].amax(1) - logits[:, -1]).sort(descending=True).values
+    classify.bias[-1] += margin[SURE_QUERIES - 1 : SURE_QUERIES + 1].mean()
     return model
+
+
+def _spread(linear: torch.nn.Linear, inputs: Tensor, std: Tensor) -> None:
+    """Let a linear map's outputs have the mean 0 over its inputs (N, C), and multiply them by a number."""
+    linear.bias.sub_(linear(inputs).mean(0))
+    linear.weight.mul_(std)
+    linear.bias.mul_(std)
 
 
 def _lower_masks(head: Any, mask_logits: Tensor) -> None:
@@ -96,16 +127,6 @@ def _lower_masks(head: Any, mask_logits: Tensor) -> None:
     constant = (SIGMAS_BELOW_ZERO * mask_logits.std() + mask_logits.mean()).clamp(min=0).sqrt()
     head.predictor.mask_embed.layers[-1].bias.add_(constant * direction)
     head.pixel_decoder.mask_features.bias.sub_(constant * direction)
-
-
-def _decide_classes(class_embed: torch.nn.Linear, prediction: MaskPrediction, queries: Tensor) -> None:
-    """Make class probabilities extreme, and "no object" the class of all but a few queries."""
-    factor = 12 / prediction.class_logits.std()
-    class_embed.weight.mul_(factor)
-    class_embed.bias.mul_(factor)
-    logits = class_embed(queries)[0]
-    margin = (logits[:, :-1].amax(1) - logits[:, -1]).sort(descending=True).values
-    class_embed.bias[-1] += margin[SURE_QUERIES - 1 : SURE_QUERIES + 1].mean()
 
 
 # ---- contestants
@@ -151,7 +172,8 @@ def _plain(model: PlainMask2Former, batch: Tensor, size: tuple[int, int]) -> Con
 
 def _transformers(name: str, model: Mask2Former, batch: Tensor, size: tuple[int, int]) -> Contestant:
     import transformers
-    from peers import transformers_model
+
+    from benchmarks.peers import transformers_model
 
     theirs = transformers_model(preset(name, num_classes=CLASSES), model)
     processor = transformers.Mask2FormerImageProcessor()
@@ -216,12 +238,13 @@ def take_turns(contestants: dict[str, Contestant], repeats: int, clock: Callable
     return {which: statistics.median(times) for which, times in seconds.items()}
 
 
-def peak_bytes(which: str, name: str, size: str, threads: int) -> int | None:
+def peak_bytes(which: str, name: str, size: str, arguments: argparse.Namespace) -> int | None:
     """Highest resident memory of a new process that runs one contestant; None where Linux does not tell."""
     if sys.platform != "linux":
         return None
-    arguments = ["--model", name, "--size", size, "--threads", str(threads), "--only-memory-of", which]
-    command = [sys.executable, str(Path(__file__)), *arguments]
+    words = ["--model", name, "--size", size, "--threads", str(arguments.threads), "--only-memory-of", which]
+    words += ["--keep-memory"] if arguments.keep_memory else []
+    command = [sys.executable, str(Path(__file__)), *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout.split()[-1])
 
@@ -229,13 +252,14 @@ def peak_bytes(which: str, name: str, size: str, threads: int) -> int | None:
 def print_own_peak(which: str, name: str, size: tuple[int, int]) -> None:
     """What `peak_bytes` runs."""
     if which == TRANSFORMERS:
-        import peers  # noqa: F401
         import transformers
+
+        import benchmarks.peers  # noqa: F401
 
         transformers.Mask2FormerForUniversalSegmentation  # noqa: B018  imports lazily
     before = _resident("VmRSS")
     with torch.inference_mode():
-        model = make_model(name)
+        model = make_model(name, size)
         run = make_contestant(which, name, size, model)
         if which == TRANSFORMERS:
             del model
@@ -253,13 +277,13 @@ def _resident(line: str) -> int:
 
 def measure(name: str, size: str, arguments: argparse.Namespace) -> None:
     """Print the rows of the table for one model and size."""
-    model = make_model(name)
+    model = make_model(name, size_of(size))
     kinds = [OURS, PLAIN, TRANSFORMERS] if arguments.tasks == "panoptic" else [OURS, ALL_TASKS]
     contestants = {which: make_contestant(which, name, size_of(size), model) for which in kinds}
     print(f"{name}, {size}: {agreement(contestants)}", file=sys.stderr, flush=True)
     seconds = take_turns(contestants, arguments.repeats, CLOCKS[arguments.clock])
     peaks = {
-        which: None if arguments.without_memory else peak_bytes(which, name, size, arguments.threads) for which in kinds
+        which: None if arguments.without_memory else peak_bytes(which, name, size, arguments) for which in kinds
     }
     for which in kinds:
         peak = peaks[which]
@@ -277,14 +301,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS))
+    parser.add_argument("--keep-memory", action="store_true", help="malloc keeps what is freed")
     parser.add_argument("--without-memory", action="store_true", help="no processes of their own for memory")
     parser.add_argument("--only-memory-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.keep_memory and not training.keep_freed_memory():
+        sys.exit("--keep-memory needs glibc, without settings of malloc in the environment")
     if arguments.only_memory_of:
         print_own_peak(arguments.only_memory_of, arguments.model[0], size_of(arguments.size[0]))
         return
-    print(f"{_extension.describe()} {arguments.threads} threads, {arguments.repeats} turns, {arguments.clock} time.")
+    kept = ", freed memory kept" if arguments.keep_memory else ""
+    conditions = f"{arguments.threads} threads, {arguments.repeats} turns, {arguments.clock} time{kept}"
+    print(f"{_extension.describe()} {conditions}.")
     print("\n| model | picture | what | ms | times mask2former's | MiB |\n|---|---|---|---|---|---|", flush=True)
     with torch.inference_mode():
         for name in arguments.model:

@@ -116,9 +116,9 @@ class SkippedSteps:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep the memory that a training step on a CPU frees, instead of getting it anew for the next one.
+    """Make glibc keep the memory that a training step or a picture on a CPU frees, instead of getting it anew.
 
-    Pages from the system are filled with zeros at their first use. Memory stays at the most that a step needed, until
+    Pages from the system are filled with zeros at their first use. Memory stays at the most that was needed, until
     the process ends. Settings of malloc in the environment stand.
 
     Returns:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mask2former.ops.pixels import Axis, blend
+
 CHUNK_PIXELS = 1 << 26  # numbers made at a time on an accelerator: 256 MiB in float32
 CPU_CHUNK_PIXELS = 1 << 18  # on a CPU; more do not stay in its cache, which takes up to three times as long
 MIN_ROWS = 8  # of a band; source rows at its edge are made for both bands
@@ -139,15 +141,6 @@ class MaskGeometry:
         return Resize(self.image_size, self.output_size, self.output_size)
 
 
-class _Axis(NamedTuple):
-    """Where each place along an axis comes from: two source places and their weights, (n,) each."""
-
-    first: Tensor
-    second: Tensor
-    first_weight: Tensor
-    second_weight: Tensor
-
-
 class _Step:
     """One resize, for any rows."""
 
@@ -165,38 +158,22 @@ class _Step:
         return slice(self._first_row[rows.start], self._last_row[rows.stop - 1] + 1)
 
     def __call__(self, maps: Tensor, rows: slice) -> Tensor:
-        maps = maps[..., : self._width] if self._columns is None else _blend_columns(maps, self._columns)  # (N, r, W)
         if self._rows is None:
-            return maps
+            return blend(maps, self._columns, None, self._width)  # (N, R, W)
         offset = self._first_row[rows.start]
         first, second, first_weight, second_weight = (part[rows] for part in self._rows)
-        return _blend_rows(maps, _Axis(first - offset, second - offset, first_weight, second_weight))  # (N, R, W)
+        part = Axis(first - offset, second - offset, first_weight, second_weight)
+        return blend(maps, self._columns, part, self._width)  # (N, R, W)
 
 
-def _blend_columns(maps: Tensor, axis: _Axis) -> Tensor:
-    shape = (*maps.shape[:2], len(axis.first))  # gather is four times as fast as index_select along the last axis
-    first, second = (maps.gather(2, places.expand(shape)) for places in axis[:2])  # (N, r, W)
-    return _weighted_sum(first, second, axis.first_weight, axis.second_weight)
-
-
-def _blend_rows(maps: Tensor, axis: _Axis) -> Tensor:
-    first, second = (maps.index_select(1, places) for places in axis[:2])  # (N, R, W)
-    return _weighted_sum(first, second, axis.first_weight[:, None], axis.second_weight[:, None])
-
-
-def _weighted_sum(first: Tensor, second: Tensor, first_weight: Tensor, second_weight: Tensor) -> Tensor:
-    # rounded as the compiled loop of F.interpolate: addcmul is a fused multiply-add, too
-    return second.mul_(second_weight).addcmul_(first, first_weight)
-
-
-def _axis(source: int, target: int, kept: int, device: torch.device) -> _Axis:
+def _axis(source: int, target: int, kept: int, device: torch.device) -> Axis:
     scale = torch.tensor(float(source), dtype=torch.float32) / target
     places = torch.arange(kept, dtype=torch.float64) + 0.5
     positions = (scale.double() * places - 0.5).float().clamp_min(0)  # exact in float64, then rounded once
     first = positions.floor().long().clamp_max(source - 1)
     weight = (positions - first).clamp(0, 1)
-    axis = _Axis(first, (first + 1).clamp_max(source - 1), 1 - weight, weight)
-    return _Axis(*(part.to(device) for part in axis))
+    axis = Axis(first, (first + 1).clamp_max(source - 1), 1 - weight, weight)
+    return Axis(*(part.to(device) for part in axis))
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

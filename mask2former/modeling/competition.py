@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mask2former.modeling.bands import MaskGeometry
 from mask2former.modeling.mask_measures import areas_of
+from mask2former.ops.pixels import largest
 
 
 def competition(
@@ -60,16 +61,3 @@ def _band_competition(
     assert winner is not None  # there are queries
     assert winner_is_sure is not None
     return winner, winner_is_sure, torch.cat(own_areas)
-
-
-def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest number of each pixel, and the first place that has it: (N, R, W) -> (R, W) and (R, W) int64."""
-    if scores.device.type != "cpu":
-        return scores.max(0)
-    # On a CPU max looks at one number at a time, which takes four times as long. Ranks fall from N, so that the first
-    # place has the largest one; where nothing equals the maximum, as that is no number, it is the last place.
-    count = len(scores)
-    ranks = torch.arange(count, 0, -1, dtype=torch.int16).view(-1, 1, 1)
-    values = scores.amax(0)
-    best = (scores == values).mul(ranks).amax(0)
-    return values, (count - best.long()).clamp_(max=count - 1)

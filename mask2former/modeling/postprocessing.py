@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mask2former.modeling.bands import MaskGeometry
-from mask2former.modeling.competition import competition, largest
+from mask2former.modeling.competition import competition
 from mask2former.modeling.mask_measures import masks_to_boxes, measure_masks
 from mask2former.modeling.matrix_nms import matrix_nms_decay
 from mask2former.modeling.structures import MaskPrediction
+from mask2former.ops.pixels import largest
 
 __all__ = [
     "CompactInstances",
@@ -345,7 +346,7 @@ def _semantic_bands(
         size = (wanted.stop - wanted.start, resizer.size[1])
         scores = mask_logits.new_zeros(probability.shape[1], size[0] * size[1], dtype=torch.float32)
         for chunk, logits in resizer.chunks(mask_logits, wanted):
-            scores.addmm_(probability[chunk].t(), logits.sigmoid().flatten(1))
+            scores.addmm_(probability[chunk].t(), logits.sigmoid_().flatten(1))
         band = scores.unflatten(1, size)  # (K, R, W)
         yield rows, band if last is None else last(band, rows)
 

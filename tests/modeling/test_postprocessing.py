@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask2former.modeling import bands
 from mask2former.modeling.bands import BandResizer
-from mask2former.modeling.competition import largest
 from mask2former.modeling.postprocessing import (
     InstanceResult,
     MaskGeometry,
@@ -23,6 +22,7 @@ from mask2former.modeling.postprocessing import (
     semantic_labels,
     semantic_segmentation,
 )
+from mask2former.ops.pixels import largest
 
 GEOMETRY = MaskGeometry(canvas=(32, 64), image_size=(30, 41), output_size=(19, 26))
 IS_THING = torch.tensor([True, False, True, False])

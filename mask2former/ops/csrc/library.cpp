@@ -1,6 +1,7 @@
 // Operator schemas and the Python module. Importing mask2former._C registers the operators; the module itself holds only
 // what was compiled in. Fake kernels and gradients are registered from Python.
 #include "ms_deform_attn.h"
+#include "pixels.h"
 #include "points.h"
 #include "products.h"
 
@@ -91,6 +92,9 @@ TORCH_LIBRARY(mask2former, m) {
       "mask_loss_sums_backward(Tensor grad_sums, Tensor probability, Tensor target, Tensor points, SymInt[] size) "
       "-> Tensor");
   m.def("sigmoid_and_softplus_sum(Tensor logits) -> (Tensor, Tensor)");
+  m.def("has_pixel_kernels() -> bool", &has_pixel_kernels);
+  m.def("blend(Tensor maps, Tensor[] columns, Tensor[] rows, int width) -> Tensor");
+  m.def("largest(Tensor scores) -> (Tensor, Tensor)");
   m.def("has_product_kernels() -> bool", &has_product_kernels);
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor");
   m.def(
@@ -108,6 +112,8 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("mask_loss_sums", &mask_loss_sums_cpu);
   m.impl("mask_loss_sums_backward", &mask_loss_sums_backward_cpu);
   m.impl("sigmoid_and_softplus_sum", &sigmoid_and_softplus_sum_cpu);
+  m.impl("blend", &blend_cpu);
+  m.impl("largest", &largest_cpu);
   m.impl("linear", &linear_cpu);
   m.impl("feed_forward", &feed_forward_cpu);
   m.impl("convolution3x3", &convolution3x3_cpu);

@@ -1,4 +1,5 @@
 // The kernels for x86-64 with AVX2. The pragma stays in force to the end of the file, where templates are instantiated.
+#include "pixels.h"
 #include "points.h"
 #include "problem.h"
 #include "products.h"
@@ -12,9 +13,11 @@
 #define MASK2FORMER_VECTOR_BYTES 32
 #define MASK2FORMER_KERNELS kernels_avx2
 #define MASK2FORMER_POINT_KERNELS point_kernels_avx2
+#define MASK2FORMER_PIXEL_KERNELS pixel_kernels_avx2
 #define MASK2FORMER_PRODUCT_KERNELS product_kernels_avx2
 #include "kernel.h"
 #include "points_kernel.h"
+#include "pixels_kernel.h"
 #include "products_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

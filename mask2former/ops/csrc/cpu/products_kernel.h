@@ -27,9 +27,8 @@ int64_t panels(int64_t N) { return parts(N, kTileColumns); }
 
 int64_t packed_floats(int64_t N, int64_t K) { return panels(N) * kTileColumns * K; }
 
-// Piece by piece, in each panel by panel, in each column by column: kTileColumns numbers. `at(n, k)` gives a weight.
-template <typename At>
-void pack_with(At at, int64_t N, int64_t K, float* packed, int64_t begin, int64_t end) {
+// Piece by piece, in each panel by panel, in each column by column: kTileColumns numbers.
+void pack(const float* weight, int64_t N, int64_t K, float* packed, int64_t begin, int64_t end) {
   const int64_t depth = depth_of(K), all = panels(N) * kTileColumns;
   for (int64_t panel = begin; panel < end; ++panel)
     for (int64_t k0 = 0; k0 < K; k0 += depth) {
@@ -38,13 +37,9 @@ void pack_with(At at, int64_t N, int64_t K, float* packed, int64_t begin, int64_
       for (int64_t kk = k0; kk < k1; kk += 16)
         for (int64_t j = 0; j < kTileColumns; ++j) {
           const int64_t n = panel * kTileColumns + j, stop = kk + 16 < k1 ? kk + 16 : k1;
-          for (int64_t k = kk; k < stop; ++k) to[(k - k0) * kTileColumns + j] = n < N ? at(n, k) : 0.0f;
+          for (int64_t k = kk; k < stop; ++k) to[(k - k0) * kTileColumns + j] = n < N ? weight[n * K + k] : 0.0f;
         }
     }
-}
-
-void pack(const float* weight, int64_t N, int64_t K, float* packed, int64_t begin, int64_t end) {
-  pack_with([=](int64_t n, int64_t k) { return weight[n * K + k]; }, N, K, packed, begin, end);
 }
 
 // ---- what follows a product
@@ -359,10 +354,12 @@ void convolution(const Convolution3x3& p, int64_t begin, int64_t end, float* scr
 }  // namespace
 
 ProductKernels MASK2FORMER_PRODUCT_KERNELS() {
-  return {packed_floats,      panels,    pack,
-          linear_scratch,     linear,    feed_forward_scratch,
-          feed_forward,       transformed_floats, transform,
-          convolution_scratch, convolution_blocks, convolution};
+  return {packed_floats,      panels,
+          pack,               linear_scratch,
+          linear,             feed_forward_scratch,
+          feed_forward,       transformed_floats,
+          transform,          convolution_scratch,
+          convolution_blocks, convolution};
 }
 
 }  // namespace mask2former::cpu

@@ -1,0 +1,112 @@
+// Tensors in, tensors out; the arithmetic is in pixels_kernel.h.
+#include "../pixels.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <memory>
+#include <string>
+
+#include "pixels.h"
+
+namespace mask2former {
+namespace {
+
+using cpu::Axis;
+using cpu::PixelKernels;
+
+constexpr int64_t kPixelsAtLeast = 4096;  // of a thread
+
+// Without fused multiply-add instructions they would be slow.
+PixelKernels choose_kernels() {
+  TORCH_CHECK(has_pixel_kernels(), "this processor has no kernels of pixels");
+#if defined(__x86_64__)
+  return at::get_cpu_capability() == "AVX512" ? cpu::pixel_kernels_avx512() : cpu::pixel_kernels_avx2();
+#else
+  return {};
+#endif
+}
+
+// An axis of a call, checked: places that are not there would be read from wild memory.
+struct Places {
+  std::array<at::Tensor, 4> kept;
+  Axis axis = {};
+
+  Places(const char* name, at::TensorList parts, int64_t source, int64_t size_without) {
+    axis.size = size_without;
+    if (parts.empty()) {
+      TORCH_CHECK_VALUE(size_without <= source, name, " must have places for more than ", source, " numbers");
+      return;
+    }
+    TORCH_CHECK_VALUE(parts.size() == 4, name, " must be empty or four tensors, got ", parts.size());
+    axis.size = parts[0].numel();
+    for (size_t i = 0; i < 4; ++i) {
+      const at::ScalarType type = i < 2 ? at::kLong : at::kFloat;
+      TORCH_CHECK_VALUE(parts[i].dim() == 1 && parts[i].numel() == axis.size && parts[i].scalar_type() == type, name,
+                        " must be two int64 and two float32 vectors of one size, got ", parts[i].sizes(), " ",
+                        parts[i].scalar_type());
+      kept[i] = parts[i].contiguous();
+    }
+    for (size_t i = 0; i < 2; ++i) {
+      const int64_t* place = kept[i].const_data_ptr<int64_t>();
+      for (int64_t k = 0; k < axis.size; ++k)
+        TORCH_CHECK_VALUE(place[k] >= 0 && place[k] < source, name, " must be places in [0, ", source, "), got ",
+                          place[k]);
+    }
+    axis.first = kept[0].const_data_ptr<int64_t>();
+    axis.second = kept[1].const_data_ptr<int64_t>();
+    axis.first_weight = kept[2].const_data_ptr<float>();
+    axis.second_weight = kept[3].const_data_ptr<float>();
+  }
+};
+
+}  // namespace
+
+bool has_pixel_kernels() {
+#if defined(__x86_64__)
+  static const std::string capability = at::get_cpu_capability();
+  return capability == "AVX2" || capability == "AVX512";
+#else
+  return false;
+#endif
+}
+
+at::Tensor blend_cpu(const at::Tensor& maps, at::TensorList columns, at::TensorList rows, int64_t width) {
+  TORCH_CHECK_VALUE(maps.dim() == 3 && maps.scalar_type() == at::kFloat, "maps must be (N, h, w) float32, got ",
+                    maps.sizes(), " ", maps.scalar_type());
+  const at::Tensor source = maps.stride(2) == 1 ? maps : maps.contiguous();
+  const Places across("columns", columns, maps.size(2), width), down("rows", rows, maps.size(1), maps.size(1));
+  at::Tensor out = at::empty({maps.size(0), down.axis.size, across.axis.size}, maps.options());
+  if (out.numel() == 0) return out;
+  const cpu::Blend problem = {source.const_data_ptr<float>(), source.stride(0), source.stride(1),   maps.size(1),
+                              maps.size(2),                   down.axis,        across.axis, out.data_ptr<float>()};
+  const PixelKernels kernels = choose_kernels();
+  const int64_t grain = 1 + kPixelsAtLeast / (down.axis.size * across.axis.size);
+  at::parallel_for(0, maps.size(0), grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[kernels.blend_scratch(problem)]);
+    kernels.blend(problem, begin, end, scratch.get());
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> largest_cpu(const at::Tensor& scores_) {
+  TORCH_CHECK_VALUE(scores_.dim() == 2 && scores_.size(0) > 0 && scores_.scalar_type() == at::kFloat,
+                    "scores must be (N, P) float32 with N at least 1, got ", scores_.sizes(), " ",
+                    scores_.scalar_type());
+  const at::Tensor scores = scores_.stride(1) == 1 ? scores_ : scores_.contiguous();
+  at::Tensor values = at::empty({scores.size(1)}, scores.options());
+  at::Tensor places = at::empty({scores.size(1)}, scores.options().dtype(at::kLong));
+  const PixelKernels kernels = choose_kernels();
+  const float* from = scores.const_data_ptr<float>();
+  float* value = values.data_ptr<float>();
+  int64_t* place = places.data_ptr<int64_t>();
+  at::parallel_for(0, scores.size(1), kPixelsAtLeast, [&](int64_t begin, int64_t end) {
+    kernels.largest(from, scores.size(0), scores.stride(0), begin, end, value, place);
+  });
+  return {values, places};
+}
+
+}  // namespace mask2former

@@ -1,0 +1,72 @@
+"""The compiled kernels of post-processing against their references, bit by bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mask2former.ops import _extension, pixels
+from mask2former.ops.pixels import Axis
+
+pytestmark = pytest.mark.skipif(
+    not pixels._has_kernels, reason="the extension is not built, or the processor has no AVX2"
+)
+
+
+def axis(source: int, target: int) -> Axis:
+    first, weight = torch.randint(source, (target,)), torch.rand(target)
+    return Axis(first, (first + 1).clamp_max(source - 1), 1 - weight, weight)
+
+
+@pytest.mark.parametrize("has_columns", [True, False])
+@pytest.mark.parametrize("has_rows", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 3, 4, 9, 17), (40, 20, 30, 64, 200), (0, 3, 4, 5, 6), (2, 7, 300, 2, 5)])
+def test_blend(sizes: tuple[int, int, int, int, int], has_columns: bool, has_rows: bool) -> None:
+    N, h, w, H, W = sizes
+    maps = torch.randn(N, h + 2, w + 3)[:, 1:-1, :w]  # rows and maps that are apart
+    columns, rows = axis(w, W) if has_columns else None, axis(h, H) if has_rows else None
+    width = min(W, w)
+    expected = pixels.blend_reference(maps, columns, rows, width)
+    kept = maps.clone()
+    assert torch.equal(pixels.blend(maps, columns, rows, width), expected)
+    assert torch.equal(maps, kept)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (100, 8, 512), (3, 1, 4097), (133, 9, 71)])
+def test_largest(shape: tuple[int, int, int]) -> None:
+    scores = torch.rand(shape).mul(50).round()  # many are equal: the first one counts
+    values, places = pixels.largest(scores)
+    expected, expected_places = pixels.largest_reference(scores)
+    assert torch.equal(values, expected)
+    assert torch.equal(places, expected_places)
+    assert torch.equal(places, (scores == scores.amax(0)).int().argmax(0))
+
+
+def test_largest_of_what_is_not_a_number() -> None:
+    scores = torch.rand(5, 10, 70)
+    scores[2, 3, 4] = scores[0, 1, 2] = scores[4, 9, 69] = torch.nan
+    scores[1, 5, 5], scores[:, 6, 6] = torch.inf, -torch.inf
+    found, expected = pixels.largest(scores), pixels.largest_reference(scores)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1], expected[1])
+
+
+def test_when_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    monkeypatch.setattr(pixels, "largest_reference", lambda scores: calls.append(scores) or scores.max(0))
+    scores = torch.rand(3, 4, 5)
+    pixels.largest(scores)
+    assert not calls
+    pixels.largest(scores.double())
+    with _extension.reference_only():
+        pixels.largest(scores)
+    assert len(calls) == 2
+
+
+def test_places_that_are_not_there_are_refused() -> None:
+    maps, good = torch.rand(2, 3, 4), axis(4, 6)
+    with pytest.raises(ValueError, match=r"columns must be places in \[0, 4\), got 4"):
+        pixels.blend(maps, good._replace(first=torch.tensor([0, 1, 4, 0, 0, 0])), None, 4)
+    with pytest.raises(ValueError, match="rows must be two int64 and two float32 vectors of one size"):
+        pixels.blend(maps, good, axis(3, 5)._replace(second=torch.zeros(4, dtype=torch.int64)), 4)
+    with pytest.raises(ValueError, match="columns must have places for more than 4 numbers"):
+        pixels.blend(maps, None, axis(3, 5), 5)
