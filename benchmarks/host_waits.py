@@ -37,6 +37,7 @@ WAITING = frozenset(
     }
 )
 _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
+_CONVERTING = _INDEXING | {"where"}  # kernels take single numbers of the host as arguments, but these copy them
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _MATHEMATICAL_ATTENTION = 0  # the one of which PyTorch has no kernel for each device
 
@@ -149,6 +150,8 @@ class _Operators(TorchDispatchMode):
         return tree_map(lambda x: _wrapped(x, wrappers), output) if to_gpu else output
 
     def _count(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], *, from_gpu: bool, to_gpu: bool) -> None:
+        if name in _CONVERTING and any(not isinstance(x, _OnGPU) for x in _tensors((args, kwargs))):
+            self._count_copy(True, False)  # single numbers and indices of the host
         if name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             self.waits[name] += 1
         elif name in _INDEXING and any(_is_mask(index) for index in args[1]):
@@ -159,10 +162,8 @@ class _Operators(TorchDispatchMode):
         elif name == "_to_copy":
             if from_gpu != to_gpu:
                 self._count_copy(to_gpu, kwargs.get("non_blocking"))
-        elif from_gpu and any(not isinstance(x, _OnGPU) and x.dim() for x in _tensors((args, kwargs))):
-            if name not in _INDEXING:
-                raise RuntimeError(f"{name}: tensors must be on one device")
-            self._count_copy(True, False)  # indices of the host
+        elif from_gpu and name not in _INDEXING and any(_is_host_array(x) for x in _tensors((args, kwargs))):
+            raise RuntimeError(f"{name}: tensors must be on one device")
 
     def _count_copy(self, is_to_gpu: bool, non_blocking: bool | None) -> None:
         where = "copy to the GPU" if is_to_gpu else "copy to the host"
@@ -200,6 +201,10 @@ def _wrapped(value: Any, wrappers: dict[int, _OnGPU]) -> Any:
 
 def _is_composite(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
+def _is_host_array(x: Tensor) -> bool:
+    return not isinstance(x, _OnGPU) and x.dim() > 0
 
 
 def _is_mask(index: Tensor | None) -> bool:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mask2former.modeling.layers import to_device
+
 CHUNK_PIXELS = 1 << 26  # numbers made at a time on an accelerator: 256 MiB in float32
 CPU_CHUNK_PIXELS = 1 << 18  # on a CPU; more do not stay in its cache, which takes up to three times as long
 MIN_ROWS = 8  # of a band; source rows at its edge are made for both bands
@@ -154,17 +156,29 @@ class _Step:
     def __init__(self, resize: Resize, device: torch.device) -> None:
         (height, width), (target_height, target_width), (kept_height, kept_width) = resize
         self._width = kept_width
-        self._columns = None if width == target_width else _axis(width, target_width, kept_width, device)
-        self._rows = None if height == target_height else _axis(height, target_height, kept_height, device)
+        self._device = device
+        self._columns = None if width == target_width else _axis(width, target_width, kept_width)
+        self._rows = None if height == target_height else _axis(height, target_height, kept_height)
         self._first_row = [] if self._rows is None else self._rows.first.tolist()
         self._last_row = [] if self._rows is None else self._rows.second.tolist()
+        self._is_moved = False
 
     def source_rows(self, rows: slice) -> slice:
         if self._rows is None:
             return rows
         return slice(self._first_row[rows.start], self._last_row[rows.stop - 1] + 1)
 
+    def _move(self) -> None:
+        """Copy the places to the device, before their first use: who asks for bands only needs none of them there."""
+        self._is_moved = True
+        if self._columns is not None:
+            self._columns = _moved(self._columns, self._device)
+        if self._rows is not None:
+            self._rows = _moved(self._rows, self._device)
+
     def __call__(self, maps: Tensor, rows: slice) -> Tensor:
+        if not self._is_moved:
+            self._move()
         maps = maps[..., : self._width] if self._columns is None else _blend_columns(maps, self._columns)  # (N, r, W)
         if self._rows is None:
             return maps
@@ -189,14 +203,20 @@ def _weighted_sum(first: Tensor, second: Tensor, first_weight: Tensor, second_we
     return second.mul_(second_weight).addcmul_(first, first_weight)
 
 
-def _axis(source: int, target: int, kept: int, device: torch.device) -> _Axis:
+def _axis(source: int, target: int, kept: int) -> _Axis:
     scale = torch.tensor(float(source), dtype=torch.float32) / target
     places = torch.arange(kept, dtype=torch.float64) + 0.5
     positions = (scale.double() * places - 0.5).float().clamp_min(0)  # exact in float64, then rounded once
     first = positions.floor().long().clamp_max(source - 1)
     weight = (positions - first).clamp(0, 1)
-    axis = _Axis(first, (first + 1).clamp_max(source - 1), 1 - weight, weight)
-    return _Axis(*(part.to(device) for part in axis))
+    return _Axis(first, (first + 1).clamp_max(source - 1), 1 - weight, weight)
+
+
+def _moved(axis: _Axis, device: torch.device) -> _Axis:
+    """In two copies."""
+    places = to_device(torch.stack([axis.first, axis.second]), device)  # (2, n)
+    weights = to_device(torch.stack([axis.first_weight, axis.second_weight]), device)  # (2, n)
+    return _Axis(*places, *weights)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
