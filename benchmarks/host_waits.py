@@ -53,7 +53,9 @@ class _OnGPU(Tensor):
     @staticmethod
     def __new__(cls, kept: Tensor) -> "_OnGPU":
         layout = {"strides": kept.stride(), "storage_offset": kept.storage_offset(), "dtype": kept.dtype}
-        wrapper: Any = Tensor._make_wrapper_subclass(cls, kept.shape, device="meta", **layout)  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        with torch.inference_mode(False):  # which is a fact of the numbers; as a view of weights it would be refused
+            wrapper: Any = make(cls, kept.shape, device="meta", **layout)
         wrapper.kept = kept
         return wrapper
 

@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from plain import PlainMask2Former, plain_panoptic
 from torch import Tensor
 
-from mask2former.build import build_model, preset
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plain import PlainMask2Former, plain_panoptic
+from mask2former.build import Architecture, build_model, preset
+from mask2former.inference import Forward
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     MaskGeometry,
@@ -75,11 +78,16 @@ def make_batch(model: Mask2Former, size: tuple[int, int]) -> Tensor:
     return model.batch_images([picture[0]])
 
 
-@torch.no_grad()
 def make_model(name: str) -> Mask2Former:
     """A model in evaluation mode, the same for the same name."""
+    return model_of(preset(name, num_classes=CLASSES))
+
+
+@torch.no_grad()
+def model_of(architecture: Architecture) -> Mask2Former:
+    """A model in evaluation mode, the same for the same architecture, which has `CLASSES` classes."""
     torch.manual_seed(0)
-    model = build_model(preset(name, num_classes=CLASSES)).eval()
+    model = build_model(architecture).eval()
     for layer in model.sem_seg_head.pixel_decoder.transformer.encoder.layers:
         # an untrained model's offsets are the same for all queries; a trained one's are not
         for projection in (layer.self_attn.sampling_offsets, layer.self_attn.attention_weights):
@@ -118,10 +126,11 @@ def make_contestant(which: str, name: str, size: tuple[int, int], model: Mask2Fo
         return _plain(PlainMask2Former(model), batch, size)
     if which == TRANSFORMERS:
         return _transformers(name, model, batch, size)
-    return _ours(model, batch, size, has_all_tasks=which == ALL_TASKS)
+    return ours(model, batch, size, has_all_tasks=which == ALL_TASKS)
 
 
-def _ours(model: Mask2Former, batch: Tensor, size: tuple[int, int], *, has_all_tasks: bool) -> Contestant:
+def ours(model: Forward, batch: Tensor, size: tuple[int, int], *, has_all_tasks: bool = False) -> Contestant:
+    """This project's: prediction and panoptic segmentation of one picture (height, width) large."""
     geometry = MaskGeometry((batch.shape[2], batch.shape[3]), size, size)
     is_thing = torch.arange(CLASSES) < THINGS
 
@@ -151,7 +160,8 @@ def _plain(model: PlainMask2Former, batch: Tensor, size: tuple[int, int]) -> Con
 
 def _transformers(name: str, model: Mask2Former, batch: Tensor, size: tuple[int, int]) -> Contestant:
     import transformers
-    from peers import transformers_model
+
+    from benchmarks.peers import transformers_model
 
     theirs = transformers_model(preset(name, num_classes=CLASSES), model)
     processor = transformers.Mask2FormerImageProcessor()
@@ -229,8 +239,9 @@ def peak_bytes(which: str, name: str, size: str, threads: int) -> int | None:
 def print_own_peak(which: str, name: str, size: tuple[int, int]) -> None:
     """What `peak_bytes` runs."""
     if which == TRANSFORMERS:
-        import peers  # noqa: F401
         import transformers
+
+        import benchmarks.peers  # noqa: F401
 
         transformers.Mask2FormerForUniversalSegmentation  # noqa: B018  imports lazily
     before = _resident("VmRSS")
