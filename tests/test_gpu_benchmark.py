@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import gpu
 
-SMALL = "--size 64 --picture 64x64 --batch 1 --objects 2 --repeats 1 --precision strict".split()
+SMALL = ["--size=64", "--picture=64x64", "--batch=1", "--objects=2", "--repeats=1", "--precision", "strict"]
 
 
 def table(text: str) -> list[list[str]]:
