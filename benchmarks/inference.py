@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.plain import PlainMask2Former, plain_panoptic
 from mask2former import training
-from mask2former.build import build_model, preset
+from mask2former.build import Architecture, build_model, preset
+from mask2former.inference import Forward
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     MaskGeometry,
@@ -81,16 +82,21 @@ def make_batch(model: Mask2Former, size: tuple[int, int]) -> Tensor:
     return model.batch_images([picture[0]])
 
 
-@torch.no_grad()
 def make_model(name: str, size: tuple[int, int]) -> Mask2Former:
+    """A model in evaluation mode whose predictions are like those of a trained one, see `model_of`."""
+    return model_of(preset(name, num_classes=CLASSES), size)
+
+
+@torch.no_grad()
+def model_of(architecture: Architecture, size: tuple[int, int]) -> Mask2Former:
     """A model in evaluation mode whose predictions are like those of a trained one, the same for the same arguments.
 
     Args:
-        name: of the preset.
+        architecture: has `CLASSES` classes.
         size: (height, width) of the picture of `make_batch`, in which `SURE_QUERIES` queries find objects.
     """
     torch.manual_seed(0)
-    model = build_model(preset(name, num_classes=CLASSES)).eval()
+    model = build_model(architecture).eval()
     for layer in model.sem_seg_head.pixel_decoder.transformer.encoder.layers:
         # an untrained model's offsets are the same for all queries; a trained one's are not
         for projection in (layer.self_attn.sampling_offsets, layer.self_attn.attention_weights):
@@ -139,10 +145,11 @@ def make_contestant(which: str, name: str, size: tuple[int, int], model: Mask2Fo
         return _plain(PlainMask2Former(model), batch, size)
     if which == TRANSFORMERS:
         return _transformers(name, model, batch, size)
-    return _ours(model, batch, size, has_all_tasks=which == ALL_TASKS)
+    return ours(model, batch, size, has_all_tasks=which == ALL_TASKS)
 
 
-def _ours(model: Mask2Former, batch: Tensor, size: tuple[int, int], *, has_all_tasks: bool) -> Contestant:
+def ours(model: Forward, batch: Tensor, size: tuple[int, int], *, has_all_tasks: bool = False) -> Contestant:
+    """This project's: prediction and panoptic segmentation of one picture (height, width) large."""
     geometry = MaskGeometry((batch.shape[2], batch.shape[3]), size, size)
     is_thing = torch.arange(CLASSES) < THINGS
 

@@ -1,13 +1,12 @@
 """From the prediction of one image to the results that a config asks for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from mask2former import config
 from mask2former.checkpoint import TASKS, PredictionSettings
-from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     InstanceResult,
     MaskGeometry,
@@ -18,6 +17,19 @@ from mask2former.modeling.postprocessing import (
     semantic_segmentation,
 )
 from mask2former.modeling.structures import MaskPrediction
+
+
+class Forward(Protocol):
+    """What prediction needs of a model: a `Mask2Former`, or what stands in for it, in evaluation mode."""
+
+    def batch_images(self, images: Sequence[Tensor]) -> Tensor:
+        """See `Mask2Former.batch_images`."""
+
+    def predict(self, batch: Tensor, all_layers: bool | None = None) -> list[MaskPrediction]:
+        """See `Mask2Former.predict`."""
+
+    def predict_with_queries(self, batch: Tensor) -> tuple[MaskPrediction, Tensor]:
+        """See `Mask2Former.predict_with_queries`."""
 
 
 class ImageResult(NamedTuple):
@@ -56,7 +68,7 @@ def prediction_settings(cfg: Any) -> PredictionSettings:
 
 
 def predict_image(
-    model: Mask2Former, image: Tensor, output_size: tuple[int, int]
+    model: Forward, image: Tensor, output_size: tuple[int, int]
 ) -> tuple[MaskPrediction, MaskGeometry]:
     """Predict from one image alone.
 
@@ -72,7 +84,7 @@ def predict_image(
 
 
 def predict_images(
-    model: Mask2Former, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]]
+    model: Forward, images: Sequence[Tensor], output_sizes: Sequence[tuple[int, int]]
 ) -> list[tuple[MaskPrediction, MaskGeometry]]:
     """Predict from several images together.
 
@@ -99,7 +111,7 @@ def predict_images(
 
 
 def predict_image_with_queries(
-    model: Mask2Former, image: Tensor, output_size: tuple[int, int]
+    model: Forward, image: Tensor, output_size: tuple[int, int]
 ) -> tuple[MaskPrediction, MaskGeometry, Tensor]:
     """What `predict_image` returns, and the features (Q, C) of the queries, see `Mask2Former.predict_with_queries`."""
     batch = model.batch_images([image])

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mask2former.checkpoint import TASKS, PredictionSettings, Task, check_threshold, load_model_file
+from mask2former.cuda_graphs import GraphedModel
 from mask2former.data.augmentations import ResizeShortestEdge
 from mask2former.data.catalog import Category
 from mask2former.data.images import Picture, as_rgb
 from mask2former.devices import device_problem
-from mask2former.inference import predict_image_with_queries, predict_images
+from mask2former.inference import Forward, predict_image_with_queries, predict_images
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.postprocessing import (
     MaskGeometry,
@@ -89,6 +90,7 @@ class Predictor:
         dtype: torch.dtype = torch.float32,
         precision: Precision | None = None,
         compile: bool = False,
+        cuda_graphs: int = 0,
         num_test_layers: int | None = None,
         object_mask_threshold: float = 0.8,
         overlap_threshold: float = 0.8,
@@ -112,6 +114,10 @@ class Predictor:
                 which others may share. docs/predictor.md has measured differences of all.
             compile: the model with PyTorch's compiler, at the first picture, which takes minutes; later ones of any
                 size use what it made. It is a setting of the model, too.
+            cuda_graphs: so many CUDA graphs are kept, one for each size and number of pictures as the model sees them,
+                padded: all kernels of a forward pass in one launch, with the same results, which is faster for one
+                picture at a time. The first picture of a size takes several times as long. 0: none; above, on a CUDA
+                device only. For what they do to a model that changes see `mask2former.cuda_graphs.GraphedModel`.
             num_test_layers: so many layers of the masked decoder run, the first ones, which is faster and less
                 accurate; None: as the model is set up. It is a setting of the model, which others may share.
             tasks, shortest, longest, object_mask_threshold, overlap_threshold, top_k, score_threshold,
@@ -131,6 +137,11 @@ class Predictor:
         check_dtype(dtype, model.precision if precision is None else precision)
         if problem := device_problem(device):
             raise ValueError(f"device must be one that can be used here, got {device}: {problem}")
+        if cuda_graphs < 0 or (cuda_graphs > 0 and torch.device(device).type != "cuda"):
+            raise ValueError(
+                "cuda_graphs must be at least 0, and 0 on a device that is no CUDA device, "
+                f"got {cuda_graphs} on {device}"
+            )
         if num_test_layers is not None:
             decoder = model.sem_seg_head.predictor
             if not isinstance(decoder, MaskedAttentionDecoder):
@@ -156,6 +167,7 @@ class Predictor:
         self.model = model.to(device).eval()
         if compile:
             model.compile(dynamic=True)
+        self._forward: Forward = GraphedModel(self.model, cuda_graphs) if cuda_graphs else self.model
         self._resize = ResizeShortestEdge(shortest=shortest, longest=longest)
 
     @classmethod
@@ -167,6 +179,7 @@ class Predictor:
         dtype: torch.dtype = torch.float32,
         precision: Precision | None = None,
         compile: bool = False,
+        cuda_graphs: int = 0,
         num_test_layers: int | None = None,
         **overrides: Any,
     ) -> "Predictor":
@@ -174,7 +187,7 @@ class Predictor:
 
         Args:
             path: the file.
-            device, dtype, precision, compile, num_test_layers: where and how to compute, see `Predictor`.
+            device, dtype, precision, compile, cuda_graphs, num_test_layers: where and how to compute, see `Predictor`.
             **overrides: of the file's `PredictionSettings`.
 
         Raises:
@@ -192,6 +205,7 @@ class Predictor:
             dtype=dtype,
             precision=precision,
             compile=compile,
+            cuda_graphs=cuda_graphs,
             num_test_layers=num_test_layers,
             **vars(settings),
         )
@@ -288,7 +302,7 @@ class Predictor:
         with self._own_modes():
             picture = self._resize_picture(0, image)
             with self._precision():
-                prediction, geometry, queries = predict_image_with_queries(self.model, picture.planes, picture.size)
+                prediction, geometry, queries = predict_image_with_queries(self._forward, picture.planes, picture.size)
             return self._result(prediction, geometry, task, threshold), queries.float().cpu().numpy()
 
     def draw(self, image: Picture, result: PictureResult) -> NDArray[np.uint8]:
@@ -337,7 +351,7 @@ class Predictor:
         """Class logits (Q, K + 1) and mask logits (Q, h, w) of pictures of one size, and the way back to their own."""
         images, sizes = [picture.planes for picture in pictures], [picture.size for picture in pictures]
         with self._precision():
-            return predict_images(self.model, images, sizes)
+            return predict_images(self._forward, images, sizes)
 
     def _precision(self) -> AbstractContextManager[None]:
         """What the model runs in, unless it sees to that itself."""

@@ -182,7 +182,7 @@ class MaskFormerStep(SimpleTrainer):
         if self.seed >= 0:
             solver.seed_step(self.seed, self.iter, comm.get_rank())
         self.optimizer.zero_grad()
-        losses = self._backward(batch)
+        losses = _on_host(self._backward(batch))
         if self._skips(losses):
             return
         self._write_metrics(losses, data_time)
@@ -228,6 +228,11 @@ class MaskFormerStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         if state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _on_host(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All in one copy: Detectron2 would wait for each of them, to log it."""
+    return dict(zip(losses, torch.stack(list(losses.values())).cpu(), strict=True))
 
 
 def _refuse_what_only_the_embedded_engine_does(cfg: Any) -> None:

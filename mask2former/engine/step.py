@@ -108,7 +108,7 @@ class TrainingStep:
     def _agreed(self, losses: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool, bool]:
         """Mean losses, whether all are finite, and whether any process stops: one exchange and one wait for all."""
         total = training.sum_of(losses)
-        flags = [~torch.isfinite(total), torch.tensor(stop, device=total.device)]
+        flags = [~torch.isfinite(total), torch.full_like(total, stop)]  # filled, not copied from the host
         row = torch.stack([*losses.values(), *(flag.to(total.dtype) for flag in flags)])
         if self.fabric.world_size > 1:
             dist.all_reduce(row)

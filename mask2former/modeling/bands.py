@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mask2former.modeling.layers import to_device
 from mask2former.ops.pixels import Axis, blend
 
 CHUNK_PIXELS = 1 << 26  # numbers made at a time on an accelerator: 256 MiB in float32
@@ -147,17 +148,29 @@ class _Step:
     def __init__(self, resize: Resize, device: torch.device) -> None:
         (height, width), (target_height, target_width), (kept_height, kept_width) = resize
         self._width = kept_width
-        self._columns = None if width == target_width else _axis(width, target_width, kept_width, device)
-        self._rows = None if height == target_height else _axis(height, target_height, kept_height, device)
+        self._device = device
+        self._columns = None if width == target_width else _axis(width, target_width, kept_width)
+        self._rows = None if height == target_height else _axis(height, target_height, kept_height)
         self._first_row = [] if self._rows is None else self._rows.first.tolist()
         self._last_row = [] if self._rows is None else self._rows.second.tolist()
+        self._is_moved = False
 
     def source_rows(self, rows: slice) -> slice:
         if self._rows is None:
             return rows
         return slice(self._first_row[rows.start], self._last_row[rows.stop - 1] + 1)
 
+    def _move(self) -> None:
+        """Copy the places to the device, before their first use: who asks for bands only needs none of them there."""
+        self._is_moved = True
+        if self._columns is not None:
+            self._columns = _moved(self._columns, self._device)
+        if self._rows is not None:
+            self._rows = _moved(self._rows, self._device)
+
     def __call__(self, maps: Tensor, rows: slice) -> Tensor:
+        if not self._is_moved:
+            self._move()
         if self._rows is None:
             return blend(maps, self._columns, None, self._width)  # (N, R, W)
         offset = self._first_row[rows.start]
@@ -166,14 +179,20 @@ class _Step:
         return blend(maps, self._columns, part, self._width)  # (N, R, W)
 
 
-def _axis(source: int, target: int, kept: int, device: torch.device) -> Axis:
+def _axis(source: int, target: int, kept: int) -> Axis:
     scale = torch.tensor(float(source), dtype=torch.float32) / target
     places = torch.arange(kept, dtype=torch.float64) + 0.5
     positions = (scale.double() * places - 0.5).float().clamp_min(0)  # exact in float64, then rounded once
     first = positions.floor().long().clamp_max(source - 1)
     weight = (positions - first).clamp(0, 1)
-    axis = Axis(first, (first + 1).clamp_max(source - 1), 1 - weight, weight)
-    return Axis(*(part.to(device) for part in axis))
+    return Axis(first, (first + 1).clamp_max(source - 1), 1 - weight, weight)
+
+
+def _moved(axis: Axis, device: torch.device) -> Axis:
+    """In two copies."""
+    places = to_device(torch.stack([axis.first, axis.second]), device)  # (2, n)
+    weights = to_device(torch.stack([axis.first_weight, axis.second_weight]), device)  # (2, n)
+    return Axis(*places, *weights)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -30,10 +30,10 @@ def competition(
     resizer = geometry.bands(mask_logits)
     for rows in resizer.bands(queries):
         winner, is_sure, own_area = _band_competition(scores, resizer.chunks(mask_logits, rows))
-        won += torch.bincount(winner.flatten(), minlength=queries)
+        won += _pixels_of(winner, queries)
         own += own_area
         place = torch.where(is_sure, winner + 1, 0)  # (R, W)
-        sure += torch.bincount(place.flatten(), minlength=queries + 1)[1:]
+        sure += _pixels_of(place, queries + 1)[1:]
         places[rows] = place
     return places, (won, own, sure)
 
@@ -61,3 +61,11 @@ def _band_competition(
     assert winner is not None  # there are queries
     assert winner_is_sure is not None
     return winner, winner_is_sure, torch.cat(own_areas)
+
+
+def _pixels_of(numbers: Tensor, count: int) -> Tensor:
+    """(R, W) int64 from 0 to count - 1 -> (count,) int64, how many pixels have each number."""
+    if numbers.device.type == "cpu":
+        return torch.bincount(numbers.flatten(), minlength=count)
+    # on a GPU bincount makes the host wait for the smallest and the largest number
+    return areas_of(numbers == torch.arange(count, device=numbers.device).view(-1, 1, 1))

@@ -17,6 +17,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; a GPU gets it from pinned memory, so that the host need not wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class Linear(nn.Linear):
     """A linear map with an optional activation, in one pass where `mask2former.ops.fused` can do that."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mask2former.modeling.bands import MaskGeometry
 from mask2former.modeling.competition import competition
+from mask2former.modeling.layers import to_device
 from mask2former.modeling.mask_measures import masks_to_boxes, measure_masks
 from mask2former.modeling.matrix_nms import matrix_nms_decay
 from mask2former.modeling.structures import MaskPrediction
@@ -112,7 +113,8 @@ class CompactInstances:
     def mask(self, instance: int) -> Tensor:
         """The mask (H, W) bool of an instance: the one that `InstanceResult` has."""
         mask = torch.empty(1, *self.geometry.output_size, dtype=torch.bool, device=self.mask_logits.device)
-        measure_masks(self.mask_logits[self.queries[instance]][None], self.geometry, mask)
+        query = self.queries[instance].view(1)  # a single number would be read by the host
+        measure_masks(self.mask_logits[query], self.geometry, mask)
         return mask[0]
 
 
@@ -198,9 +200,12 @@ def panoptic_segmentation(
     scores, labels, mask_logits = scores[kept], labels[kept], mask_logits[kept]
 
     ids, areas = competition(scores, mask_logits, geometry)
-    *numbers, kept_queries = torch.stack([labels, *areas, kept]).tolist()  # one copy to the host
-    segments, new_ids = _build_segments(numbers, scores.tolist(), is_thing.tolist(), overlap_threshold)
-    lookup = torch.tensor([0, *new_ids], dtype=torch.int32, device=ids.device)
+    # one copy to the host, of scores as whole numbers with the same bits
+    table = torch.stack([labels, *areas, kept, scores.view(torch.int32).long()]).cpu()
+    *numbers, kept_queries = table[:-1].tolist()
+    host_scores = table[-1].int().view(torch.float32).tolist()
+    segments, new_ids = _build_segments(numbers, host_scores, is_thing.tolist(), overlap_threshold)
+    lookup = to_device(torch.tensor([0, *new_ids], dtype=torch.int32), ids.device)
     for rows in geometry.bands(mask_logits).bands(1):
         ids[rows] = lookup[ids[rows].long()]
     queries: list[list[int]] = [[] for _ in segments]
@@ -242,7 +247,7 @@ def instance_segmentation(
     """
     _check_has_masks(class_logits, mask_logits)
     found = _candidates(class_logits, top_k, is_thing, score_threshold)
-    queries, place = found.queries.unique(return_inverse=True)  # each mask is enlarged once
+    queries, place = _distinct(found.queries, len(class_logits))  # each mask is enlarged once
     masks = torch.empty(len(place), *geometry.output_size, dtype=torch.bool, device=mask_logits.device)
     mask_logits = mask_logits[queries]
     measures = measure_masks(mask_logits, geometry, masks[: len(queries)])
@@ -278,7 +283,7 @@ def compact_instance_segmentation(
     """
     _check_has_masks(class_logits, mask_logits)
     found = _candidates(class_logits, top_k, is_thing, score_threshold)
-    queries, place = found.queries.unique(return_inverse=True)
+    queries, place = _distinct(found.queries, len(class_logits))
     mask_logits = mask_logits[queries]
     measures = measure_masks(mask_logits, geometry)
     found = found._replace(scores=found.scores * measures.quality[place])
@@ -309,13 +314,20 @@ def _candidates(class_logits: Tensor, top_k: int, is_thing: Tensor | None, score
     num_classes = probability.shape[1]
     scores, place = probability.flatten().topk(min(top_k, probability.numel()))
     found = _Candidates(scores, place.div(num_classes, rounding_mode="floor"), place % num_classes)
-    if is_thing is not None:
-        keep = is_thing.to(place.device)[found.labels]
-        found = _Candidates(*(part[keep] for part in found))
-    if score_threshold > 0:  # mask quality is at most 1, so these cannot reach the threshold
-        keep = found.scores >= score_threshold
-        found = _Candidates(*(part[keep] for part in found))
-    return found
+    keep = None if is_thing is None else to_device(is_thing, place.device)[found.labels]
+    if score_threshold > 0:  # mask quality is at most 1, so others cannot reach the threshold
+        reaches = found.scores >= score_threshold
+        keep = reaches if keep is None else keep & reaches
+    if keep is None:
+        return found
+    chosen = keep.nonzero().squeeze(1)
+    return _Candidates(*(part[chosen] for part in found))
+
+
+def _distinct(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What ``queries.unique(return_inverse=True)`` gives of numbers below ``count``, with one wait for a GPU."""
+    is_there = torch.zeros(count, dtype=torch.int64, device=queries.device).index_fill_(0, queries, 1)
+    return is_there.nonzero().squeeze(1), (is_there.cumsum(0) - 1)[queries]
 
 
 def _final_scores(

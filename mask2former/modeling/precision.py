@@ -10,7 +10,7 @@ decoder, in the caller's settings.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -50,6 +50,11 @@ def float32_products(precision: Precision | None) -> AbstractContextManager[None
         RuntimeError: if this thread is already inside of a mode with other settings, for which it would wait forever.
     """
     return nullcontext() if precision is None else _SETTINGS.held("ieee" if precision == "strict" else "tf32")
+
+
+def float32_settings() -> Hashable:
+    """PyTorch's settings for products of float32 as they are now; equal if they are the same."""
+    return _read()
 
 
 @contextmanager

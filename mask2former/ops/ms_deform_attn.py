@@ -107,7 +107,9 @@ def ms_deform_attn_fused_reference(
     """The same in plain PyTorch, from `ms_deform_attn_reference`. Arguments as `ms_deform_attn_fused`."""
     compute = _sum_dtype(value)
     weights = logits.to(compute).flatten(-2).softmax(-1).view(logits.shape)  # (B, S, M, L, P)
-    size = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=compute, device=value.device)  # (L, 2)
+    # one by one: a copy of a list to a GPU makes the host wait, and cannot be part of a CUDA graph
+    lengths = [length for h, w in spatial_shapes for length in (w, h)]
+    size = torch.stack([torch.full((), n, dtype=compute, device=value.device) for n in lengths]).view(-1, 2)  # (L, 2)
     centres = torch.cat([_cell_centres(h, w, size) for h, w in spatial_shapes])  # (S, 2)
     locations = centres[:, None, None, None] + offsets.to(compute) / size[:, None]  # (B, S, M, L, P, 2)
     return ms_deform_attn_reference(value, spatial_shapes, locations, weights)

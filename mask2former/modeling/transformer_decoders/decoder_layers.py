@@ -141,7 +141,7 @@ def cell_centres(height: int, width: int, *, device: torch.device | None = None)
     """Where the cells of a map are, row by row: (height * width, 2), (x, y) in [0, 1]."""
     y = (torch.arange(height, device=device) + 0.5) / height
     x = (torch.arange(width, device=device) + 0.5) / width
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1)
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
 
 
 def log_gaussian(centre: Tensor, width: Tensor, cells: Tensor) -> Tensor:
