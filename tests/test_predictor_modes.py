@@ -193,9 +193,10 @@ def test_all_tasks_are_those_of_the_model() -> None:
 def test_half_types_are_close(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, task: Any
 ) -> None:
-    half = lively_predictor(dtype=dtype, score_threshold=0.45)
+    # below 0.45 there is a query whose two best classes are 0.007 apart, which is less than half types round
+    half = lively_predictor(dtype=dtype, score_threshold=0.45, object_mask_threshold=0.45)
     spy = Spy(half, monkeypatch)
-    threshold = 0.45 if task == "instance" else None
+    threshold = None if task == "semantic" else 0.45
     expected = predictor(picture(), task, threshold=threshold)
     assert_close(half(picture(), task), expected, score=0.05, share=0.03)
     assert spy.dtypes == {dtype}
