@@ -203,17 +203,12 @@ from mask2former.engine.processes import make_fabric
 from mask2former.engine.config import get_config
 from mask2former.engine.trainer import Trainer
 from mask2former.modeling import criterion, point_sampling
+from tests.same_points import use_same_points
 import tests.engine.program
 from mask2former.engine.data import build_train_loader
 from mask2former.modeling.structures import MaskTarget
 
-rand = torch.rand
-def same_points(*size, device=None, generator=None, **rest):
-    # every image and every object gets the same points, whatever else is in the batch
-    size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-    one = rand(size[-2:], generator=torch.Generator().manual_seed(size[-2]))
-    return one.expand(size).clone()
-torch.rand = same_points
+use_same_points()
 torch.set_default_dtype(torch.float64)
 
 def with_large_objects(sample):

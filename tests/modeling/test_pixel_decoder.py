@@ -144,3 +144,51 @@ def test_offsets_are_pixels_of_each_level() -> None:
 def test_wrong_arguments(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _decoder(**wrong)
+
+
+# ---- activation checkpointing
+
+
+def _trained(checkpoint_activations: bool) -> tuple[int, dict[str, Tensor | None], Tensor]:
+    """Bytes that are kept for the backward pass, gradients, and a result, with the same weights and random numbers."""
+    torch.manual_seed(5)
+    features = _features()
+    decoder = _decoder(dropout=0.3, num_layers=3, checkpoint_activations=checkpoint_activations).train()
+    fill_weights(decoder)
+    torch.manual_seed(6)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        pixels = decoder(features)
+        loss = sum(x.square().mean() for x in (pixels.mask_features, *pixels.levels))
+    loss.backward()
+    gradients = {n: p.grad for n, p in decoder.named_parameters()}
+    return sum(kept.values()), gradients | {n: x.grad for n, x in features.items()}, pixels.mask_features.detach()
+
+
+def test_activation_checkpointing_keeps_less_and_changes_neither_numbers_nor_gradients() -> None:
+    plain, gradients, result = _trained(False)
+    less, others, other = _trained(True)
+    assert torch.equal(result, other)
+    torch.testing.assert_close(others, gradients, rtol=0, atol=0)
+    # a layer keeps its input, and no longer at least two tensors of the hidden width, 40 of the 32 channels' 1.25 times
+    tokens = 2 * (2 * 3 + 4 * 6 + 8 * 12) * 4  # bytes a channel
+    assert plain - less > 3 * 2 * 40 * tokens
+
+
+def test_activation_checkpointing_is_for_training() -> None:
+    """In evaluation it is inactive, so that exports and compiled graphs are those without it."""
+    decoder = _decoder(checkpoint_activations=True)
+    calls: list[int] = []
+    decoder.transformer.encoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for training, expected in ((True, 2), (False, 1)):
+        calls.clear()
+        decoder.train(training)(_features())[0].sum().backward()
+        assert len(calls) == expected
+    exported = torch.export.export(decoder.eval(), ({n: x.detach() for n, x in _features().items()},))
+    assert not any("checkpoint" in str(node.target) for node in exported.graph.nodes)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mask2former.modeling.layers import (
     Conv2d,
@@ -49,6 +50,7 @@ class DeformablePixelDecoder(nn.Module):
         dim_feedforward: int = 1024,
         dropout: float = 0.0,
         common_stride: int = 4,
+        checkpoint_activations: bool = False,
     ) -> None:
         """Build with random weights.
 
@@ -60,6 +62,7 @@ class DeformablePixelDecoder(nn.Module):
             norm: normalisation of the FPN's convolutions.
             num_layers, num_heads, num_points, dim_feedforward, dropout: of the deformable encoder.
             common_stride: stride of the mask features.
+            checkpoint_activations: recompute each encoder layer in the backward pass to save memory.
 
         Raises:
             ValueError: if a feature is unknown, or the strides leave fewer than three output levels.
@@ -97,6 +100,7 @@ class DeformablePixelDecoder(nn.Module):
             num_points=num_points,
             dim_feedforward=dim_feedforward,
             dropout=dropout,
+            checkpoint_activations=checkpoint_activations,
         )
         self.mask_features = Conv2d(conv_dim, mask_dim, 1)
         fill_conv_xavier(self.mask_features)
@@ -164,8 +168,10 @@ class _DeformableTransformer(nn.Module):
         num_points: int,
         dim_feedforward: int,
         dropout: float,
+        checkpoint_activations: bool,
     ) -> None:
         super().__init__()
+        self.checkpoint_activations = checkpoint_activations
         self.level_embed = nn.Parameter(torch.randn(num_levels, dim))
         self.encoder = _Encoder(
             _EncoderLayer(dim, num_levels, num_heads, num_points, dim_feedforward, dropout)
@@ -184,7 +190,10 @@ class _DeformableTransformer(nn.Module):
             ]
         )  # (S, C)
         for layer in self.encoder.layers:
-            tokens = layer(tokens, position, shapes)
+            if self.checkpoint_activations and self.training:
+                tokens = checkpoint(layer, tokens, position, shapes, use_reentrant=False)
+            else:
+                tokens = layer(tokens, position, shapes)
         split = tokens.split([h * w for h, w in shapes], dim=1)
         return [
             # (B, C, h, w); in this order its strides say "channels last" also where there is one image alone
