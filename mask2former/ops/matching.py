@@ -1,7 +1,7 @@
 """The sums that the mask costs of all predictions with all targets of an image are made of (paper section 3.3).
 
-A PyTorch reference and a compiled kernel for float32 on CPUs (csrc/cpu/matching_kernel.h), which sums up the products of
-embeddings and features in the registers, so that the logits of all predictions at all points are never in memory.
+A PyTorch reference and a compiled kernel for float32 on CPUs (csrc/cpu/matching_kernel.h), which sums up the products
+of embeddings and features in the registers, so that the logits of all predictions at all points are never in memory.
 """
 
 from collections.abc import Sequence
