@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.ops import fused
+from mask2former.ops import fused, trained
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -24,11 +24,24 @@ class Linear(nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, *, activation: fused.Activation = "none"
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self._activation: fused.Activation = activation
+        self.activation: fused.Activation = activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Activation of the map of (…, C), plus ``residual``."""
-        return fused.linear(x, self.weight, self.bias, activation=self._activation, residual=residual)
+        if self.activation == "none" and residual is None and trained.trains(x, self.weight, self.bias):
+            return trained.linear(x, self.weight, self.bias)
+        return fused.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+
+
+def feed_forward(first: Linear, second: Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``second(first(x), residual)``: (…, C) -> (…, C'), without the tensor in between where that is possible."""
+    weights, biases = (first.weight, second.weight), (first.bias, second.bias)
+    if trained.trains(x, *weights, *biases):
+        out = trained.feed_forward(x, weights, biases, activation=first.activation)
+        return out if residual is None else residual + out
+    if not fused.fuses(x):
+        return second(first(x), residual)
+    return fused.feed_forward(x, weights, biases, activation=first.activation, residual=residual)
 
 
 class Conv2d(nn.Conv2d):

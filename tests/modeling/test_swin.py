@@ -104,7 +104,7 @@ def test_window_attention_equals_naive_softmax() -> None:
                 logits[..., a, b] += attention.relative_position_bias_table[dy * (2 * side - 1) + dx, m]
         logits = logits.masked_fill(blocked, float("-inf"))
         output[..., channels] = logits.softmax(-1) @ v[..., channels]
-    torch.testing.assert_close(attention(x, blocked), attention.proj(output), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attention.project(attention(x, blocked)), attention.proj(output), rtol=1e-4, atol=1e-5)
 
 
 def test_a_shifted_block_sees_across_window_borders() -> None:

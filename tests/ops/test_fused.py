@@ -1,4 +1,6 @@
-"""oneDNN's operators against ordinary ones, and when they are used."""
+"""This project's kernels and oneDNN's operators against ordinary ones, and when they are used."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,12 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mask2former.modeling.layers import ConvNorm, FrozenBatchNorm2d, Linear, make_norm
+from mask2former.modeling.layers import ConvNorm, FrozenBatchNorm2d, Linear, feed_forward, make_norm
 from mask2former.modeling.mask2former import Mask2Former
-from mask2former.ops import fused
+from mask2former.ops import _extension, fused
 from tests.tiny import tiny_model
 
 needs_operators = pytest.mark.skipif(not fused._has_operators, reason="this PyTorch or processor has no such operators")
+needs_kernels = pytest.mark.skipif(
+    not fused._has_kernels, reason="the extension is not built, or the processor has no AVX2, or AVX-512 as well"
+)
+
+
+@pytest.fixture(autouse=True, params=["kernels", "operators"])
+def _means(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test runs with what the machine has, and without this project's kernels."""
+    if request.param == "kernels":
+        if not fused._has_kernels:
+            pytest.skip("no kernels of products here")
+        yield
+        return
+    with _extension.reference_only():
+        yield
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -40,7 +57,7 @@ def test_linear_of_a_part_of_a_matrix_and_of_columns() -> None:
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, 0), (3, 2, 1), ((2, 5), (1, 3), (0, 2))])
+@pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, 0), (1, 2, 0), (3, 2, 1), ((2, 5), (1, 3), (0, 2))])
 @pytest.mark.parametrize("relu", [True, False])
 @torch.no_grad()
 def test_convolution(order: torch.memory_format, size: object, stride: object, padding: object, relu: bool) -> None:
@@ -61,6 +78,103 @@ def test_convolution(order: torch.memory_format, size: object, stride: object, p
         close(found, (sum_.relu() if relu else sum_).float())
 
 
+@pytest.mark.parametrize("sizes", [(8, 8, 5, 7, 1), (16, 24, 4, 4, 2), (24, 40, 13, 30, 1)])
+@pytest.mark.parametrize("relu", [True, False])
+@torch.no_grad()
+def test_winograd(sizes: tuple[int, int, int, int, int], relu: bool) -> None:
+    C_in, C_out, H, W, B = sizes
+    x = torch.randn(B, C_in, H, W).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(C_out, C_in, 3, 3) * (9 * C_in) ** -0.5
+    for bias in (torch.randn(C_out), None):
+        exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+        found = fused.convolution(x, weight, bias, padding=(1, 1), relu=relu)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        close(found, (exact.relu() if relu else exact).float())
+
+
+@needs_kernels
+def test_winograd_is_for_what_it_computes() -> None:
+    x = torch.zeros(1, 16, 12, 12).contiguous(memory_format=torch.channels_last)
+
+    def suits(weight: Tensor, stride: int = 1, padding: int = 1, x: Tensor = x) -> bool:
+        return fused._suits_winograd(x, weight, (stride, stride), (padding, padding))
+
+    assert suits(torch.zeros(24, 16, 3, 3))
+    assert not suits(torch.zeros(24, 16, 3, 3), stride=2)
+    assert not suits(torch.zeros(24, 16, 3, 3), padding=0)
+    assert not suits(torch.zeros(24, 16, 1, 3))
+    assert not suits(torch.zeros(20, 16, 3, 3))
+    assert not suits(torch.zeros(40, 16, 3, 3))  # 144 pixels are few for the transformed weights of 40 channels
+
+
+@pytest.mark.parametrize("rows", [1, 192, 301])
+@pytest.mark.parametrize("sizes", [(40, 24, 33), (300, 530, 16)])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@torch.no_grad()
+def test_feed_forward(rows: int, sizes: tuple[int, int, int], activation: fused.Activation) -> None:
+    C_in, C_hidden, C_out = sizes
+    first = Linear(C_in, C_hidden, activation=activation)
+    second = Linear(C_hidden, C_out)
+    x = torch.randn(2, rows, C_in)
+    hidden = F.linear(x.double(), first.weight.double(), first.bias.double())
+    hidden = {"none": hidden, "relu": F.relu(hidden), "gelu": F.gelu(hidden)}[activation]
+    expected = F.linear(hidden, second.weight.double(), second.bias.double())
+    close(feed_forward(first, second, x), expected.float())
+    residual = torch.randn(2, rows, C_out)
+    close(feed_forward(first, second, x, residual), (expected + residual).float())
+    second.bias = None
+    close(feed_forward(first, second, x, residual), (F.linear(hidden, second.weight.double()) + residual).float())
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_row_does_not_depend_on_others_or_on_threads() -> None:
+    x, weight, threads = torch.randn(700, 300), torch.randn(50, 300), torch.get_num_threads()
+    whole = fused.linear(x, weight, None)
+    assert torch.equal(fused.linear(x[200:], weight, None), whole[200:])
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(fused.linear(x, weight, None), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_what_is_not_a_number_stays_that(request: pytest.FixtureRequest) -> None:
+    if "operators" in request.node.name:
+        pytest.skip("oneDNN's ReLU makes 0 of what is not a number")
+    x, weight = torch.randn(300, 16), torch.randn(8, 16)
+    x[7, 3], x[9, 2] = torch.nan, torch.inf
+    for activation in ("none", "relu", "gelu"):
+        found = fused.linear(x, weight, None, activation=activation)
+        assert found[7].isnan().all()
+        assert found[:7].isfinite().all()
+        assert not found[9].isfinite().all()
+
+
+@needs_kernels
+def test_direct_calls_check_their_arguments() -> None:
+    entry, x, weight = torch.ops.mask2former, torch.zeros(3, 4), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 4\), got \[3, 2\]"):
+        entry.linear(torch.zeros(3, 2), weight, None, None, 0)
+    with pytest.raises(ValueError, match=r"bias must have shape \(5\), got \[4\]"):
+        entry.linear(x, weight, torch.zeros(4), None, 0)
+    with pytest.raises(ValueError, match=r"residual must have shape \[3, 5\], got \[5\]"):
+        entry.linear(x, weight, None, torch.zeros(5), 0)
+    with pytest.raises(ValueError, match="activation must be from 0 to 3, got 7"):
+        entry.linear(x, weight, None, None, 7)
+    with pytest.raises(ValueError, match="weight2 must have 5 columns, got"):
+        entry.feed_forward(x, weight, None, torch.zeros(2, 6), None, None, 1)
+    with pytest.raises(ValueError, match="x must be float32"):
+        entry.linear(x.double(), weight, None, None, 0)
+    with pytest.raises(ValueError, match="multiples of 8 channels"):
+        entry.convolution3x3(torch.zeros(1, 8, 4, 4), torch.zeros(4, 8, 3, 3), None, False)
+    with pytest.raises(ValueError, match="must agree"):
+        entry.convolution3x3(torch.zeros(1, 8, 4, 4), torch.zeros(8, 16, 3, 3), None, False)
+    assert entry.linear(torch.zeros(0, 4), weight, None, None, 0).shape == (0, 5)
+
+
 class _AnyMode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return func(*args, **(kwargs or {}))
@@ -77,7 +191,7 @@ def test_when_they_are_used() -> None:
         assert not fused.fuses(nn.Parameter(x))
         with torch.autocast("cpu", torch.bfloat16):
             assert not fused.fuses(x)
-        with torch.backends.mkldnn.flags(enabled=False):
+        with torch.backends.mkldnn.flags(enabled=False), _extension.reference_only():
             assert not fused.fuses(x)
         with _AnyMode():
             assert not fused.fuses(x)

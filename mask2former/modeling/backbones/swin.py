@@ -1,13 +1,13 @@
 """Swin transformer with the published state-dict names (Liu et al., 2021)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mask2former.modeling.layers import Conv2d, Linear
+from mask2former.modeling.layers import Conv2d, Linear, feed_forward
 from mask2former.ops import fused
 
 _STAGES = ("res2", "res3", "res4", "res5")
@@ -200,10 +200,15 @@ class _Block(nn.Module):
         self.mlp = _MLP(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor, region_differs: Tensor) -> Tensor:
-        x = x + self._drop(self._attend(self.norm1(x), region_differs))
-        return x + self._drop(self.mlp(self.norm2(x)))
+        x = self._add(x, self.attn.project, self._attend(self.norm1(x), region_differs))
+        return self._add(x, self.mlp, self.norm2(x))
+
+    def _add(self, x: Tensor, module: Callable[..., Tensor], branch: Tensor) -> Tensor:
+        """x plus what a module makes of a branch."""
+        return x + self._drop(module(branch)) if self.training else module(branch, x)
 
     def _attend(self, x: Tensor, region_differs: Tensor) -> Tensor:
+        """Attention inside of the windows, not yet projected; padding is cut off before that."""
         B, H, W, C = x.shape
         side = self.window_size
         rows, cols = _windows_along(H, side), _windows_along(W, side)
@@ -270,7 +275,11 @@ class _WindowAttention(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout, scale=self.scale
         )
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, windows, T, C)))
+        return out.transpose(1, 2).reshape(B, windows, T, C)
+
+    def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What follows the attention, a token at a time: (…, C) -> (…, C), plus a residual if not training."""
+        return self.proj_drop(self.proj(x, residual))
 
 
 class _MLP(nn.Module):
@@ -280,7 +289,10 @@ class _MLP(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(…, C) -> (…, C), plus a residual if not training."""
+        if not self.training or self.drop.p == 0:
+            return feed_forward(self.fc1, self.fc2, x, residual)
         return self.drop(self.fc2(self.drop(self.fc1(x))))
 
 

@@ -14,6 +14,7 @@ from mask2former.modeling.layers import (
     ConvNorm,
     Linear,
     at_least_float32,
+    feed_forward,
     fill_conv_xavier,
     make_norm,
     without_autocast,
@@ -219,8 +220,14 @@ class _EncoderLayer(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         dtype = tokens.dtype  # on some devices autocast gives float32 for normalisations
         tokens = self.norm1(self._add(tokens, self.self_attn, tokens + position, tokens, shapes)).to(dtype)
-        hidden = self.dropout(self.linear1(tokens))  # the largest tensor of the encoder; its ReLU is in place
-        return self.norm2(self._add(tokens, self.linear2, hidden)).to(dtype)
+        return self.norm2(self._feed_forward(tokens)).to(dtype)
+
+    def _feed_forward(self, tokens: Tensor) -> Tensor:
+        """Tokens plus their FFN."""
+        if not self.training or self.dropout.p == 0:
+            return feed_forward(self.linear1, self.linear2, tokens, residual=tokens)
+        hidden = self.dropout(self.linear1(tokens))
+        return self._add(tokens, self.linear2, hidden)
 
     def _add(self, tokens: Tensor, module: nn.Module, *inputs: Any) -> Tensor:
         """Tokens plus what a module makes of its inputs, part of which is dropped in training."""

@@ -2,6 +2,7 @@
 // what was compiled in. Fake kernels and gradients are registered from Python.
 #include "ms_deform_attn.h"
 #include "points.h"
+#include "products.h"
 
 #include <Python.h>
 #include <c10/util/Exception.h>
@@ -95,6 +96,12 @@ TORCH_LIBRARY(mask2former, m) {
       "pair_sums(Tensor embeddings, Tensor features, Tensor points, Tensor masks, SymInt[] canvas) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("sigmoid_and_softplus_sum(Tensor logits) -> (Tensor, Tensor)");
+  m.def("has_product_kernels() -> bool", &has_product_kernels);
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? residual, "
+      "int activation) -> Tensor");
+  m.def("convolution3x3(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
@@ -108,6 +115,9 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("mask_loss_sums_backward", &mask_loss_sums_backward_cpu);
   m.impl("pair_sums", &pair_sums_cpu);
   m.impl("sigmoid_and_softplus_sum", &sigmoid_and_softplus_sum_cpu);
+  m.impl("linear", &linear_cpu);
+  m.impl("feed_forward", &feed_forward_cpu);
+  m.impl("convolution3x3", &convolution3x3_cpu);
 }
 
 #ifdef MASK2FORMER_WITH_CUDA

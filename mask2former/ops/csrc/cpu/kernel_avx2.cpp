@@ -2,6 +2,7 @@
 #include "matching.h"
 #include "points.h"
 #include "problem.h"
+#include "products.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -13,9 +14,11 @@
 #define MASK2FORMER_KERNELS kernels_avx2
 #define MASK2FORMER_POINT_KERNELS point_kernels_avx2
 #define MASK2FORMER_MATCHING_KERNELS matching_kernels_avx2
+#define MASK2FORMER_PRODUCT_KERNELS product_kernels_avx2
 #include "kernel.h"
 #include "points_kernel.h"
 #include "matching_kernel.h"
+#include "products_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

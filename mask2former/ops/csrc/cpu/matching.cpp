@@ -34,8 +34,8 @@ void check_image(const at::Tensor& embeddings, const at::Tensor& features, const
                  const at::Tensor& masks, at::IntArrayRef canvas) {
   TORCH_CHECK_VALUE(embeddings.dim() == 2 && features.dim() == 3 && points.dim() == 2 && points.size(1) == 2 &&
                         embeddings.size(1) == features.size(0) && features.numel() > 0,
-                    "embeddings (R, C), features (C, h, w) and points (P, 2) must agree, got ", embeddings.sizes(), ", ",
-                    features.sizes(), " and ", points.sizes());
+                    "embeddings (R, C), features (C, h, w) and points (P, 2) must agree, got ", embeddings.sizes(),
+                    ", ", features.sizes(), " and ", points.sizes());
   TORCH_CHECK_VALUE(embeddings.scalar_type() == at::kFloat && features.scalar_type() == at::kFloat &&
                         points.scalar_type() == at::kFloat,
                     "embeddings, features and points must be float32, got ", embeddings.scalar_type(), ", ",
@@ -61,7 +61,8 @@ at::Tensor read_features(const MatchingKernels& kernels, const at::Tensor& featu
   at::parallel_for(0, C, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(kernels.map_floats(height, width));
     for (int64_t c = begin; c < end; ++c)
-      kernels.read_channel(maps + c * height * width, height, width, where, count, C, output + c * tile, scratch.data());
+      kernels.read_channel(maps + c * height * width, height, width, where, count, C, output + c * tile,
+                           scratch.data());
   });
   return panels;
 }
@@ -100,7 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pair_sums
   const MatchingKernels kernels = choose_kernels();
   const at::Tensor at_points = read_features(kernels, features, points);
   const at::Tensor targets = read_masks(kernels, masks, points, canvas, wanted.data_ptr<float>());
-  const float* rows = embeddings.const_data_ptr<float>();
+  const float *rows = embeddings.const_data_ptr<float>(), *f = at_points.const_data_ptr<float>();
+  const float* t = targets.const_data_ptr<float>();
   const int64_t groups = (R + kGroupRows - 1) / kGroupRows;
   float *s = softplus.data_ptr<float>(), *p = predicted.data_ptr<float>();
   float *x = inner.data_ptr<float>(), *o = overlap.data_ptr<float>();
@@ -108,9 +110,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pair_sums
     std::vector<char> block(kernels.group_bytes(kGroupRows, C, N));
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * kGroupRows, size = std::min(kGroupRows, R - first);
-      kernels.pair_sums({rows + first * C, at_points.const_data_ptr<float>(), targets.const_data_ptr<float>(), size, C, N,
-                         count, s + first, p + first, x + first * N, o + first * N},
-                        block.data());
+      const cpu::MatchingGroup group{rows + first * C, f, t, size, C, N, count, s + first, p + first, x + first * N,
+                                     o + first * N};
+      kernels.pair_sums(group, block.data());
     }
   });
   return {softplus, predicted, inner, overlap, wanted};

@@ -249,8 +249,8 @@ void loss_gradient(const float* gradient, const float* probability, const float*
 
 // ---- random points
 
-// Threefry4x32 with 13 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), two points from each
-// counter: a point depends on the seed and its place alone, not on the points before it or on threads.
+// Threefry4x32 with 13 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), two points from
+// each counter: a point depends on the seed and its place alone, not on the points before it or on threads.
 constexpr int kRounds = 13;
 constexpr int kTurns[8][2] = {{10, 26}, {11, 21}, {13, 27}, {23, 5}, {6, 20}, {17, 11}, {25, 10}, {18, 20}};
 
