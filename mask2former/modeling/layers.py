@@ -85,7 +85,8 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, C, H, W), and what is added before the activation, to (B, C', H', W')."""
-        affine = constant_affine(self.norm) if self._has_norm and fused.fuses(x) else None
+        folds = fused.fuses(x) or trained.trains(x, self.weight)  # in training less is kept, and passed over, so, too
+        affine = constant_affine(self.norm) if self._has_norm and folds else None
         if affine is not None:
             return self._folded(x, *affine, residual)
         x = fused.convolution(x, self.weight, self.bias, stride=self.stride, padding=_numbers(self.padding))

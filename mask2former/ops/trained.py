@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from mask2former.ops import fused
 
 _FEW_ROWS = 192  # as in `fused`
-_HIDDEN_NUMBERS = 1 << 19  # of the hidden tensor that are made again at a time: 2 MiB
+_HIDDEN_NUMBERS = 1 << 20  # of the hidden tensor that are made again at a time: 4 MiB
 
 
 def trains(x: Tensor, *others: Tensor | None) -> bool:
