@@ -145,10 +145,14 @@ class SetCriterion(nn.Module):
             )
         else:
             points = torch.rand(B, self.num_points, 2, device=device, generator=generator)
-            layers = 1 if device.type == "cpu" else max(1, _ACCELERATOR_LOGITS // (B * Q * self.num_points))
-            labels = [t.labels for t in targets]
-            masks = [sample_masks(t.masks, points[b], canvas) for b, t in enumerate(targets)]  # (N_b, P)
-            matched = self.matcher.match(class_logits, predicted.at_points(points, layers), labels, masks)
+            labels, masks = [t.labels for t in targets], [t.masks for t in targets]
+            sums = predicted.pair_sums(points, masks, canvas)
+            if sums is not None:
+                matched = self.matcher.match_sums(class_logits, sums, self.num_points, labels)
+            else:
+                layers = 1 if device.type == "cpu" else max(1, _ACCELERATOR_LOGITS // (B * Q * self.num_points))
+                wanted = [sample_masks(m, points[b], canvas) for b, m in enumerate(masks)]  # (N_b, P)
+                matched = self.matcher.match(class_logits, predicted.at_points(points, layers), labels, wanted)
         return make_pairs(matched, [len(t.labels) for t in targets], device)
 
     def _whole_costs(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.ops import fused
+from mask2former.ops import fused, trained
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -33,20 +33,20 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Activation of the map of (…, C), plus ``residual``."""
+        if self.activation == "none" and residual is None and trained.trains(x, self.weight, self.bias):
+            return trained.linear(x, self.weight, self.bias)
         return fused.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
 
 
 def feed_forward(first: Linear, second: Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``second(first(x), residual)``: (…, C) -> (…, C'), without the tensor in between where that is possible."""
+    weights, biases = (first.weight, second.weight), (first.bias, second.bias)
+    if trained.trains(x, *weights, *biases):
+        out = trained.feed_forward(x, weights, biases, activation=first.activation)
+        return out if residual is None else residual + out
     if not fused.fuses(x):
         return second(first(x), residual)
-    return fused.feed_forward(
-        x,
-        (first.weight, second.weight),
-        (first.bias, second.bias),
-        activation=first.activation,
-        residual=residual,
-    )
+    return fused.feed_forward(x, weights, biases, activation=first.activation, residual=residual)
 
 
 class Conv2d(nn.Conv2d):
@@ -90,7 +90,8 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, C, H, W), and what is added before the activation, to (B, C', H', W')."""
-        affine = constant_affine(self.norm) if self._has_norm and fused.fuses(x) else None
+        folds = fused.fuses(x) or trained.trains(x, self.weight)  # in training less is kept, and passed over, so, too
+        affine = constant_affine(self.norm) if self._has_norm and folds else None
         if affine is not None:
             return self._folded(x, *affine, residual)
         x = fused.convolution(x, self.weight, self.bias, stride=self.stride, padding=_numbers(self.padding))

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mask2former.ops.mask_points import sigmoid_and_softplus_sum
+from mask2former.ops.matching import PairSums
 
 
 def sigmoid_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -36,11 +37,17 @@ def pairwise_mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     Returns:
         (..., Q, N) each.
     """
-    P, wanted = logits.shape[-1], targets.transpose(-1, -2)  # (..., P, N)
-    probability, softplus_sum = sigmoid_and_softplus_sum(logits)
-    cross_entropy = (softplus_sum.unsqueeze(-1) - logits @ wanted) / P
-    total = probability.sum(-1).unsqueeze(-1) + targets.sum(-1).unsqueeze(-2)  # (..., Q, N)
-    return cross_entropy, 1 - (2 * (probability @ wanted) + 1) / (total + 1)
+    probability, softplus = sigmoid_and_softplus_sum(logits)
+    columns = targets.transpose(-1, -2)  # (..., P, N)
+    sums = PairSums(softplus, probability.sum(-1), logits @ columns, probability @ columns, targets.sum(-1))
+    return costs_of_sums(sums, logits.shape[-1])
+
+
+def costs_of_sums(sums: PairSums, num_points: int) -> tuple[Tensor, Tensor]:
+    """What `pairwise_mask_costs` gives, from sums over so many points: (..., Q, N) each."""
+    cross_entropy = (sums.softplus.unsqueeze(-1) - sums.inner) / num_points
+    total = sums.predicted.unsqueeze(-1) + sums.wanted.unsqueeze(-2)  # (..., Q, N)
+    return cross_entropy, 1 - (2 * sums.overlap + 1) / (total + 1)
 
 
 def pairwise_class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:

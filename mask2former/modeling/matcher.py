@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mask2former.modeling.layers import at_least_float32
-from mask2former.modeling.losses import pairwise_class_cost, pairwise_mask_costs
+from mask2former.modeling.losses import costs_of_sums, pairwise_class_cost, pairwise_mask_costs
+from mask2former.ops.matching import PairSums
 
 _REPLACEMENT = 1e6  # larger than any real cost, small enough to add up without overflow
 
@@ -64,8 +65,7 @@ class HungarianMatcher:
             logits = at_least_float32(mask_logits)
             targets = masks.to(logits.dtype)
             classes = pairwise_class_cost(at_least_float32(class_logits), labels)
-            cross_entropy, dice = pairwise_mask_costs(logits, targets)
-            return self.class_weight * classes + self.mask_weight * cross_entropy + self.dice_weight * dice
+            return self._weighted(classes, *pairwise_mask_costs(logits, targets))
 
     @torch.no_grad()
     def match(
@@ -101,6 +101,38 @@ class HungarianMatcher:
             costs.append(self.cost(classes, part, padded_labels, padded_masks))
             first += len(part)
         return self.assign(torch.cat(costs), counts)
+
+    @torch.no_grad()
+    def match_sums(
+        self, class_logits: Tensor, sums: Sequence[PairSums | None], num_points: int, labels: Sequence[Tensor]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Match all layers of all images, whose mask logits have been summed up.
+
+        Args:
+            class_logits: (layers, B, Q, K + 1).
+            sums: of each image, with R = layers * Q and N_b; None of one without targets.
+            num_points: that the sums are over.
+            labels: (N_b,) int64 of each image.
+
+        Returns:
+            As `assign`.
+
+        Raises:
+            FloatingPointError: as `assign`.
+        """
+        layers, _, Q = class_logits.shape[:3]
+        counts = [len(x) for x in labels]
+        logits = at_least_float32(class_logits)
+        costs = logits.new_zeros(*class_logits.shape[:3], max(counts, default=0))
+        for image, (of_image, label) in enumerate(zip(sums, labels, strict=True)):
+            if of_image is not None:
+                classes = pairwise_class_cost(logits[:, image], label.expand(layers, -1))  # (layers, Q, N_b)
+                masks = (cost.unflatten(0, (layers, Q)) for cost in costs_of_sums(of_image, num_points))
+                costs[:, image, :, : len(label)] = self._weighted(classes, *masks)
+        return self.assign(costs, counts)
+
+    def _weighted(self, classes: Tensor, cross_entropy: Tensor, dice: Tensor) -> Tensor:
+        return self.class_weight * classes + self.mask_weight * cross_entropy + self.dice_weight * dice
 
     def assign(self, costs: Tensor, counts: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
         """The cheapest assignment of each layer and image.

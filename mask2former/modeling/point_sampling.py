@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mask2former.modeling.layers import at_least_float32
-from mask2former.ops.mask_points import maps_at_points, masks_at_points, uncertain_points
+from mask2former.ops.mask_points import drawn_points, has_kernel, maps_at_points, masks_at_points, uncertain_points
 
 _CPU_CANDIDATES = 1 << 19  # at a time; the same numbers come out of the generator, and stay in the cache
 
@@ -45,11 +45,16 @@ def sample_uncertain_points(
         generator: source of randomness on the device of ``mask_logits``.
 
     Returns:
-        (T, P, 2), (x, y) in [0, 1].
+        (T, P, 2), (x, y) in [0, 1]. The compiled kernel for CPUs draws them by itself, from a seed that the generator
+        gives; other points than without the kernel, with the same distribution.
     """
     T, device = len(mask_logits), mask_logits.device
     num_candidates = int(num_points * oversample_ratio)
     num_uncertain = int(num_points * importance_sample_ratio)
+    if has_kernel(device, torch.promote_types(mask_logits.dtype, torch.float32)):
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        numbers = {"candidates": num_candidates, "uncertain": num_uncertain, "others": num_points - num_uncertain}
+        return drawn_points(at_least_float32(mask_logits), seed, **numbers)
     step = max(1, _CPU_CANDIDATES // num_candidates) if device.type == "cpu" else max(1, T)
     points = torch.empty(T, num_points, 2, device=device)
     for start in range(0, T, step):

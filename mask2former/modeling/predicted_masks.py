@@ -2,15 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mask2former.modeling.layers import at_least_float32
 from mask2former.modeling.point_sampling import sample_logits
 from mask2former.modeling.structures import MaskPrediction, QueryPrediction
 from mask2former.ops import ms_deform_attn
+from mask2former.ops.matching import PairSums, has_pair_sums, pair_sums
 
 
 class Pairs(NamedTuple):
@@ -74,6 +76,21 @@ class PredictedMasks(ABC):
             (layers or the rest, B, Q, P) float32 or, of float64 logits, float64.
         """
 
+    def pair_sums(
+        self, points: Tensor, masks: Sequence[Tensor], canvas: tuple[int, int]
+    ) -> list[PairSums | None] | None:
+        """What the costs are made of, where they need no logits at points: None elsewhere.
+
+        Args:
+            points: (B, P, 2), (x, y) in [0, 1].
+            masks: (N_b, H_b, W_b) bool or uint8 of each image, the upper left part of the canvas.
+            canvas: (height, width).
+
+        Returns:
+            Of each image, with R = layers * Q; None of one without masks.
+        """
+        return None
+
     @abstractmethod
     def of_image(self, layer: int, image: int) -> Tensor:
         """(Q, H/4, W/4)."""
@@ -130,13 +147,55 @@ class _Queries(PredictedMasks):
                 logits = chunk @ features.transpose(1, 2)  # (layers, B, Q, P)
             yield logits
 
+    def pair_sums(
+        self, points: Tensor, masks: Sequence[Tensor], canvas: tuple[int, int]
+    ) -> list[PairSums | None] | None:
+        if not has_pair_sums(self._features):
+            return None
+        features, embeddings = (at_least_float32(x.detach()) for x in (self._features, self._embeddings))
+        return [
+            pair_sums(embeddings[:, b].flatten(0, 1), features[b], points[b], m, canvas) if len(m) else None
+            for b, m in enumerate(masks)
+        ]
+
     def of_image(self, layer: int, image: int) -> Tensor:
         return torch.einsum("qc,chw->qhw", self._embeddings[layer, image], self._features[image])
 
     def of_pairs(self, pairs: Pairs) -> Tensor:
-        embeddings = self._embeddings[pairs.layer, pairs.image, pairs.query].split(pairs.counts)  # (T_b, C) each
-        maps = [e @ f for e, f in zip(embeddings, self._features.flatten(2), strict=True)]  # (T_b, h * w) each
+        embeddings = self._embeddings[pairs.layer, pairs.image, pairs.query]  # (T, C)
+        if embeddings.dtype == self._features.dtype and not torch.is_autocast_enabled(embeddings.device.type):
+            return _Products.apply(embeddings, self._features, pairs.counts)
+        parts = zip(embeddings.split(pairs.counts), self._features.flatten(2), strict=True)
+        maps = [e @ f for e, f in parts]  # (T_b, h * w) each
         return torch.cat(maps).unflatten(1, self._features.shape[2:])
+
+
+class _Products(torch.autograd.Function):
+    """Embeddings times the features of their image: (T, C), (B, C, h, w), T_b of each image -> (T, h, w).
+
+    Maps and gradients of all images are written into one tensor, and not made one by one and copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, features: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(embeddings, features)
+        ctx.counts = counts
+        out = embeddings.new_empty(len(embeddings), features[0, 0].numel())
+        for e, f, o in zip(embeddings.split(counts), features.flatten(2), out.split(counts), strict=True):
+            torch.mm(e, f, out=o)
+        return out.unflatten(1, features.shape[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        embeddings, features = ctx.saved_tensors
+        of_embeddings = torch.empty_like(embeddings)
+        of_features = features.new_empty(features.shape)
+        parts = (x.split(ctx.counts) for x in (embeddings, gradient.flatten(1), of_embeddings))
+        for e, g, oe, f, of in zip(*parts, features.flatten(2), of_features.flatten(2), strict=True):
+            torch.mm(g, f.T, out=oe)
+            torch.mm(e.T, g, out=of)
+        return of_embeddings, of_features, None
 
 
 def predicted_masks(predictions: Sequence[MaskPrediction | QueryPrediction]) -> PredictedMasks:

@@ -200,7 +200,9 @@ def _convolution_by_operators(
 
 
 def _activated(x: Tensor, activation: Activation) -> Tensor:
-    """In place where that is possible."""
+    """In place where that is possible: of a view, as a linear map gives it, autograd would copy the whole tensor."""
+    if activation == "relu" and torch.is_grad_enabled():
+        return F.relu(x)
     return F.relu_(x) if activation == "relu" else F.gelu(x) if activation == "gelu" else x
 
 

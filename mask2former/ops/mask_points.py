@@ -1,6 +1,6 @@
 """Masks at random points, where most of the time of the training loss goes (paper section 3.3).
 
-Three functions, each with a PyTorch reference and a compiled kernel for float32 on CPUs (csrc/cpu/points_kernel.h),
+Four functions, each with a PyTorch reference and a compiled kernel for float32 on CPUs (csrc/cpu/points_kernel.h),
 which keeps what belongs to one mask in the cache instead of passing over the memory of all once an operation.
 """
 
@@ -39,6 +39,74 @@ def uncertain_points_reference(mask_logits: Tensor, candidates: Tensor, count: i
     certainty = maps_at_points(mask_logits.unsqueeze(1), candidates).squeeze(1).abs_()  # (T, M)
     chosen = certainty.topk(count, largest=False, sorted=False).indices  # (T, count)
     return candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
+
+
+def drawn_points(mask_logits: Tensor, seed: int, *, candidates: int, uncertain: int, others: int) -> Tensor:
+    """Random points of each map: the most uncertain of some candidates, which the kernel never keeps, and others.
+
+    A point depends on the seed, the row of its map and its place among the row's points, and on nothing else.
+
+    Args:
+        mask_logits: (T, h, w) float32 or float64.
+        seed: from 0 to 2^63 - 1.
+        candidates: how many are drawn, see `uncertain_points`: those of `random_points` with ``use`` 0.
+        uncertain: how many of these are taken.
+        others: how many follow, with ``use`` 1.
+
+    Returns:
+        (T, uncertain + others, 2). Without gradient.
+    """
+    if _use_kernel(mask_logits):
+        return torch.ops.mask2former.drawn_points(mask_logits.detach(), seed, candidates, uncertain, others)
+    return drawn_points_reference(mask_logits, seed, candidates=candidates, uncertain=uncertain, others=others)
+
+
+def drawn_points_reference(mask_logits: Tensor, seed: int, *, candidates: int, uncertain: int, others: int) -> Tensor:
+    """The same in plain PyTorch. Arguments as `drawn_points`."""
+    T, device = len(mask_logits), mask_logits.device
+    first = uncertain_points_reference(mask_logits, random_points(seed, T, candidates, use=0, device=device), uncertain)
+    return torch.cat([first, random_points(seed, T, others, use=1, device=device)], dim=1)
+
+
+_WORD = 0xFFFFFFFF
+_ROUNDS = 13
+_TURNS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
+
+
+def threefry(counter: Sequence[Tensor | int], key: Sequence[int], rounds: int = _ROUNDS) -> list[Tensor]:
+    """The counter-based generator Threefry4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+
+    Args:
+        counter: four words, int64 tensors in [0, 2^32) that broadcast.
+        key: four words.
+        rounds: 13 and more pass all known statistical tests; in the paper 20 leave a margin.
+
+    Returns:
+        Four words of random bits, int64 in [0, 2^32).
+    """
+    keys = [*key, 0x1BD11BDA ^ key[0] ^ key[1] ^ key[2] ^ key[3]]
+    x: list[Any] = [(word + k) & _WORD for word, k in zip(counter, key, strict=True)]
+    for step in range(rounds):
+        one = 3 if step % 2 else 1
+        for place, other, bits in ((0, one, _TURNS[step % 8][0]), (2, 4 - one, _TURNS[step % 8][1])):
+            x[place] = (x[place] + x[other]) & _WORD
+            x[other] = ((x[other] << bits) & _WORD | x[other] >> (32 - bits)) ^ x[place]
+        if step % 4 == 3:
+            turn = (step + 1) // 4
+            x = [(word + keys[(turn + i) % 5] + (turn if i == 3 else 0)) & _WORD for i, word in enumerate(x)]
+    return x
+
+
+def random_points(seed: int, rows: int, count: int, *, use: int, device: torch.device | None = None) -> Tensor:
+    """Uniform points that depend on their place alone: (rows, count, 2) float32 in [0, 1), multiples of 2^-24.
+
+    Two points side by side are the four words of one counter (place of the two, row, 0, 0) with the key (seed's lower
+    word, seed's upper word, use, 0).
+    """
+    place, row = torch.arange((count + 1) // 2, device=device), torch.arange(rows, device=device)[:, None]
+    words = threefry([place + 0 * row, row, 0, 0], [seed & _WORD, seed >> 32, use, 0])  # (rows, count / 2) each
+    points = torch.stack([word >> 8 for word in words], dim=-1).to(torch.float32) / (1 << 24)
+    return points.view(rows, -1, 2)[:, :count]
 
 
 def mask_loss_sums(
@@ -146,16 +214,16 @@ def _neighbours(position: Tensor, length: int, size: int) -> tuple[Tensor, Tenso
 
 
 # An extension built from an earlier version of the sources lacks these operators.
-_has_kernels = _extension.extension.module is not None and hasattr(torch.ops.mask2former, "mask_loss_sums")
+has_kernels = _extension.extension.module is not None and hasattr(torch.ops.mask2former, "drawn_points")
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels take maps of this device and type."""
+    return has_kernels and device.type == "cpu" and dtype == torch.float32 and _extension.kernel_applies(device, dtype)
 
 
 def _use_kernel(maps: Tensor) -> bool:
-    return (
-        _has_kernels
-        and maps.device.type == "cpu"
-        and maps.dtype == torch.float32
-        and _extension.kernel_applies(maps.device, maps.dtype)
-    )
+    return has_kernel(maps.device, maps.dtype)
 
 
 def _register() -> None:
@@ -163,6 +231,9 @@ def _register() -> None:
 
     def uncertain_shape(mask_logits: Tensor, candidates: Tensor, count: int) -> Tensor:
         return candidates.new_empty((candidates.shape[0], count, 2))
+
+    def drawn_shape(mask_logits: Tensor, seed: int, candidates: int, uncertain: int, others: int) -> Tensor:
+        return mask_logits.new_empty((mask_logits.shape[0], uncertain + others, 2))
 
     def sums_shape(mask_logits: Tensor, points: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         T, P = points.shape[:2]
@@ -195,6 +266,7 @@ def _register() -> None:
         )
 
     torch.library.register_fake("mask2former::uncertain_points", uncertain_shape)
+    torch.library.register_fake("mask2former::drawn_points", drawn_shape)
     torch.library.register_fake("mask2former::mask_loss_sums", sums_shape)
     torch.library.register_fake("mask2former::mask_loss_sums_backward", sums_backward_shape)
     torch.library.register_fake("mask2former::sigmoid_and_softplus_sum", sigmoid_shape)
@@ -202,5 +274,5 @@ def _register() -> None:
     torch.library.register_autograd("mask2former::mask_loss_sums_backward", refuse)
 
 
-if _has_kernels:
+if has_kernels:
     _register()

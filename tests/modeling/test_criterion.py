@@ -74,6 +74,11 @@ def test_losses_of_constant_masks_in_closed_form() -> None:
     with pytest.MonkeyPatch.context() as patch:
         original = torch.rand
         patch.setattr(torch, "rand", lambda *size, **kw: 0.1 + 0.8 * original(*size, **kw))
+        # what the kernel draws by itself
+        patch.setattr(
+            "mask2former.modeling.point_sampling.drawn_points",
+            lambda maps, seed, *, uncertain, others, **_: torch.rand(len(maps), uncertain + others, 2),
+        )
         losses = _losses(criterion, predictions, targets)
     for layer, prediction in enumerate(predictions):
         suffix = "_0" if layer == 0 else ""

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mask2former.modeling.layers import MLP, Attention, fill_conv_xavier, make_norm
+from mask2former.modeling.layers import MLP, Attention, ConvNorm, FrozenBatchNorm2d, fill_conv_xavier, make_norm
 from mask2former.modeling.position_encoding import sine_position_encoding
 
 
@@ -104,3 +105,20 @@ def test_position_encoding_closed_form(height: int, width: int, channels: int) -
 def test_position_encoding_refuses_odd_channels() -> None:
     with pytest.raises(ValueError, match="channels must be a multiple of 4, got 6"):
         sine_position_encoding(2, 2, 6)
+
+
+def test_a_frozen_normalisation_becomes_part_of_the_convolution_in_training() -> None:
+    norm = FrozenBatchNorm2d(6)
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    conv = ConvNorm(4, 6, 3, padding=1, norm=norm, activation=F.relu)
+    x, residual = torch.randn(2, 4, 20, 24, requires_grad=True), torch.randn(2, 6, 20, 24, requires_grad=True)
+    exact = F.conv2d(x.double(), conv.weight.double(), padding=1)
+    exact = (norm.double()(exact) + residual.double()).relu()
+    norm.float()
+    found = conv(x, residual)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    leaves, weights = [x, residual, conv.weight], torch.randn(found.shape)
+    wanted = torch.autograd.grad((exact * weights).sum(), leaves)
+    for gradient, other in zip(torch.autograd.grad((found * weights).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)

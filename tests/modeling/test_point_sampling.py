@@ -1,11 +1,19 @@
 """Sampling at points against `grid_sample` on padded float masks; where uncertain points go."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mask2former.modeling.point_sampling import sample_logits, sample_masks, sample_uncertain_points
+from mask2former.ops import _extension
+from mask2former.ops.mask_points import has_kernels, random_points
+
+needs_kernels = pytest.mark.skipif(
+    not has_kernels, reason="no compiled kernels for points; to build them: python setup.py build_ext --inplace"
+)
 
 
 def _padded_and_sampled(masks: Tensor, points: Tensor, canvas: tuple[int, int]) -> Tensor:
@@ -82,14 +90,20 @@ def _uncertain(logits: Tensor, seed: int = 0, **changes: float) -> Tensor:
     return sample_uncertain_points(logits, generator=torch.Generator().manual_seed(seed), **arguments)  # type: ignore[arg-type]
 
 
-def test_uncertain_points_are_the_candidates_closest_to_zero() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_kernels)])
+def test_uncertain_points_are_the_candidates_closest_to_zero(compiled: bool) -> None:
     logits = torch.randn(3, 8, 8)
-    points = _uncertain(logits)
+    with nullcontext() if compiled else _extension.reference_only():
+        points = _uncertain(logits)
     assert points.shape == (3, 200, 2)
     assert points.min() >= 0
     assert points.max() <= 1
     generator = torch.Generator().manual_seed(0)
-    candidates, uniform = torch.rand(3, 600, 2, generator=generator), torch.rand(3, 50, 2, generator=generator)
+    if compiled:
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        candidates, uniform = random_points(seed, 3, 600, use=0), random_points(seed, 3, 50, use=1)
+    else:
+        candidates, uniform = torch.rand(3, 600, 2, generator=generator), torch.rand(3, 50, 2, generator=generator)
     for t in range(3):
         certainty = sample_logits(logits[t][None, None], candidates[t][None])[0, 0].abs()
         best = candidates[t][certainty.argsort()[:150]]
@@ -130,7 +144,8 @@ def test_shapes(num_points: int, count: int) -> None:
 
 def test_candidates_drawn_in_parts_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(7, 4, 4)
-    together = _uncertain(logits)
-    for size in (1, 600, 1300):
-        monkeypatch.setattr("mask2former.modeling.point_sampling._CPU_CANDIDATES", size)
-        assert torch.equal(_uncertain(logits), together)
+    with _extension.reference_only():
+        together = _uncertain(logits)
+        for size in (1, 600, 1300):
+            monkeypatch.setattr("mask2former.modeling.point_sampling._CPU_CANDIDATES", size)
+            assert torch.equal(_uncertain(logits), together)

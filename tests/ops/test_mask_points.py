@@ -9,16 +9,19 @@ from torch import Tensor
 
 from mask2former.ops import _extension, mask_points
 from mask2former.ops.mask_points import (
+    drawn_points,
+    drawn_points_reference,
     mask_loss_sums,
     mask_loss_sums_reference,
     masks_at_points,
+    random_points,
     sigmoid_and_softplus_sum,
     uncertain_points,
     uncertain_points_reference,
 )
 
 needs_kernels = pytest.mark.skipif(
-    not mask_points._has_kernels,
+    not mask_points.has_kernels,
     reason="no compiled kernels for points; to build them: python setup.py build_ext --inplace",
 )
 CANVAS = (52, 68)
@@ -83,6 +86,17 @@ def test_large_logits_are_finite_and_bad_ones_stay_in_their_row(large: float) ->
 
 
 @needs_kernels
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (1, 68), (52, 1), (52, 68)])
+def test_masks_of_every_size_are_read_as_padded_ones(size: tuple[int, int]) -> None:
+    logits, points = torch.zeros(2, 4, 4), points_around_the_canvas(2, 700)
+    masks, others = [torch.ones(2, *size).bool()], {"counts": [2], "index": torch.arange(2), "canvas": CANVAS}
+    points[0] *= torch.tensor(size).flip(0) / torch.tensor(CANVAS).flip(0) * 1.2  # about the mask
+    found = torch.ops.mask2former.mask_loss_sums(logits, points, masks, [2], others["index"], list(CANVAS))[2]
+    expected = masks_at_points(masks[0].double().bool(), points.double(), CANVAS, others["index"])
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=2e-5)
+
+
+@needs_kernels
 def test_second_derivatives_are_refused() -> None:
     arguments, others = pairs(2, 9)
     sums = mask_loss_sums(*arguments, **others).sum()
@@ -109,6 +123,60 @@ def test_of_equal_candidates_so_many_are_taken_as_are_wanted() -> None:
     candidates = torch.rand(2, 50, 2) * 0.5 + 0.25
     for t, row in enumerate(uncertain_points(maps, candidates, 20)):
         assert torch.equal(row, candidates[t, :20])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("candidates", "uncertain", "others"), [(600, 150, 50), (513, 513, 1), (7, 1, 0), (5, 0, 301), (0, 0, 3)]
+)
+def test_drawn_points_are_those_of_the_reference(candidates: int, uncertain: int, others: int) -> None:
+    maps, seed = torch.randn(4, 9, 11), 2**62 + 12345678901
+    numbers = {"candidates": candidates, "uncertain": uncertain, "others": others}
+    found, expected = (f(maps, seed, **numbers) for f in (drawn_points, drawn_points_reference))
+    assert torch.equal(found[:, uncertain:], expected[:, uncertain:])
+    for row, wanted in zip(found[:, :uncertain].tolist(), expected[:, :uncertain].tolist(), strict=True):
+        assert sorted(row) == sorted(wanted)
+
+
+@needs_kernels
+def test_drawn_points_do_not_depend_on_threads_and_differ_between_rows_seeds_and_uses() -> None:
+    maps, numbers = torch.randn(1, 9, 9).expand(5, 9, 9), {"candidates": 50, "uncertain": 50, "others": 50}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = drawn_points(maps, 3, **numbers)
+    torch.set_num_threads(3)
+    together = drawn_points(maps, 3, **numbers)
+    torch.set_num_threads(before)
+    assert torch.equal(alone, together)
+    words = torch.cat([alone.flatten(), drawn_points(maps, 4, **numbers).flatten()])
+    assert len(words.unique()) > 0.999 * len(words)
+
+
+@pytest.mark.parametrize(
+    ("word", "rounds", "expected"),
+    [
+        (0, 13, (0x531C7E4F, 0x39491EE5, 0x2C855A92, 0x3D6ABF9A)),
+        (0, 20, (0x9C6CA96A, 0xE17EAE66, 0xFC10ECD4, 0x5256A7D8)),
+        (0xFFFFFFFF, 13, (0xC4189358, 0x1C9CC83A, 0xD5881C67, 0x6A0A89E0)),
+        (0xFFFFFFFF, 20, (0x2A881696, 0x57012287, 0xF6C7446E, 0xA16A6732)),
+    ],
+)
+def test_threefry_gives_its_authors_known_answers(word: int, rounds: int, expected: tuple[int, ...]) -> None:
+    found = mask_points.threefry([torch.tensor(word)] * 4, [word] * 4, rounds)
+    assert tuple(int(x) for x in found) == expected
+
+
+def test_random_points_are_uniform_and_independent_of_how_many() -> None:
+    points = random_points(5, 4, 20001, use=0)
+    assert torch.equal(points[:, :77], random_points(5, 4, 77, use=0))
+    assert points.min() >= 0
+    assert points.max() < 1
+    values = points.flatten().double()
+    counts = torch.histc(values, 64, 0, 1)
+    chi_square = ((counts - len(values) / 64) ** 2 / (len(values) / 64)).sum().item()
+    assert 30 < chi_square < 110  # 63 degrees of freedom: six standard deviations either side
+    shifted = torch.stack([values[:-1] - 0.5, values[1:] - 0.5])
+    assert abs(torch.corrcoef(shifted)[0, 1].item()) < 0.01  # the standard deviation is 0.0025
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 31), (2, 2, 257), (0, 5), (4, 0)])
@@ -147,6 +215,7 @@ def test_operators_are_registered_as_pytorch_wants_them() -> None:
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.mask_loss_sums.default, arguments, test_utils=utilities)
     torch.library.opcheck(ops.uncertain_points.default, (logits.detach(), where, 4), test_utils=utilities)
+    torch.library.opcheck(ops.drawn_points.default, (logits.detach(), 3, 9, 4, 2), test_utils=utilities)
     torch.library.opcheck(ops.sigmoid_and_softplus_sum.default, (logits.detach(),), test_utils=utilities)
 
 

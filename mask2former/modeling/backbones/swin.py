@@ -291,7 +291,7 @@ class _MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(…, C) -> (…, C), plus a residual if not training."""
-        if not self.training:
+        if not self.training or self.drop.p == 0:
             return feed_forward(self.fc1, self.fc2, x, residual)
         return self.drop(self.fc2(self.drop(self.fc1(x))))
 

@@ -233,9 +233,9 @@ class _EncoderLayer(nn.Module):
 
     def _feed_forward(self, tokens: Tensor) -> Tensor:
         """Tokens plus their FFN."""
-        if not self.training:
+        if not self.training or self.dropout.p == 0:
             return feed_forward(self.linear1, self.linear2, tokens, residual=tokens)
-        hidden = self.dropout(self.linear1(tokens))  # the largest tensor of the encoder; its ReLU is in place
+        hidden = self.dropout(self.linear1(tokens))
         return self._add(tokens, self.linear2, hidden)
 
     def _add(self, tokens: Tensor, module: nn.Module, *inputs: Any) -> Tensor:

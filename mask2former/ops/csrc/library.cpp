@@ -86,11 +86,16 @@ TORCH_LIBRARY(mask2former, m) {
       "Tensor logits) -> (Tensor, Tensor, Tensor)");
   m.def("uncertain_points(Tensor mask_logits, Tensor candidates, SymInt count) -> Tensor");
   m.def(
+      "drawn_points(Tensor mask_logits, SymInt seed, SymInt candidates, SymInt uncertain, SymInt others) -> Tensor");
+  m.def(
       "mask_loss_sums(Tensor mask_logits, Tensor points, Tensor[] masks, SymInt[] counts, Tensor index, SymInt[] canvas) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "mask_loss_sums_backward(Tensor grad_sums, Tensor probability, Tensor target, Tensor points, SymInt[] size) "
       "-> Tensor");
+  m.def(
+      "pair_sums(Tensor embeddings, Tensor features, Tensor points, Tensor masks, SymInt[] canvas) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("sigmoid_and_softplus_sum(Tensor logits) -> (Tensor, Tensor)");
   m.def("has_pixel_kernels() -> bool", &has_pixel_kernels);
   m.def("blend(Tensor maps, Tensor[] columns, Tensor[] rows, int width) -> Tensor");
@@ -109,8 +114,10 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("ms_deform_attn_fused_forward", &forward_fused_cpu);
   m.impl("ms_deform_attn_fused_backward", &backward_fused_cpu);
   m.impl("uncertain_points", &uncertain_points_cpu);
+  m.impl("drawn_points", &drawn_points_cpu);
   m.impl("mask_loss_sums", &mask_loss_sums_cpu);
   m.impl("mask_loss_sums_backward", &mask_loss_sums_backward_cpu);
+  m.impl("pair_sums", &pair_sums_cpu);
   m.impl("sigmoid_and_softplus_sum", &sigmoid_and_softplus_sum_cpu);
   m.impl("blend", &blend_cpu);
   m.impl("largest", &largest_cpu);

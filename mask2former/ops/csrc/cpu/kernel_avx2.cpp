@@ -1,4 +1,5 @@
 // The kernels for x86-64 with AVX2. The pragma stays in force to the end of the file, where templates are instantiated.
+#include "matching.h"
 #include "pixels.h"
 #include "points.h"
 #include "problem.h"
@@ -15,9 +16,11 @@
 #define MASK2FORMER_POINT_KERNELS point_kernels_avx2
 #define MASK2FORMER_PIXEL_KERNELS pixel_kernels_avx2
 #define MASK2FORMER_PRODUCT_KERNELS product_kernels_avx2
+#define MASK2FORMER_MATCHING_KERNELS matching_kernels_avx2
 #include "kernel.h"
 #include "points_kernel.h"
 #include "pixels_kernel.h"
+#include "matching_kernel.h"
 #include "products_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop

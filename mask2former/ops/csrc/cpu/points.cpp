@@ -28,6 +28,11 @@ PointKernels choose_kernels() {
   return cpu::point_kernels_default();
 }
 
+void check_cells(const at::Tensor& maps) {
+  TORCH_CHECK_VALUE((maps.size(1) + 2) * (maps.size(2) + 2) <= std::numeric_limits<int32_t>::max(),
+                    "mask_logits must have fewer than 2^31 cells a map, got ", maps.sizes());
+}
+
 // Python has checked all this with better words; here it keeps direct calls of torch.ops from reading wild memory.
 void check_maps(const at::Tensor& mask_logits, const at::Tensor& points) {
   TORCH_CHECK_VALUE(mask_logits.dim() == 3 && points.dim() == 3 && points.size(2) == 2 &&
@@ -37,8 +42,7 @@ void check_maps(const at::Tensor& mask_logits, const at::Tensor& points) {
   TORCH_CHECK_VALUE(mask_logits.scalar_type() == at::kFloat && points.scalar_type() == at::kFloat,
                     "mask_logits and points must be float32, got ", mask_logits.scalar_type(), " and ",
                     points.scalar_type());
-  TORCH_CHECK_VALUE((mask_logits.size(1) + 2) * (mask_logits.size(2) + 2) <= std::numeric_limits<int32_t>::max(),
-                    "mask_logits must have fewer than 2^31 cells a map, got ", mask_logits.sizes());
+  check_cells(mask_logits);
 }
 
 // The rows of a call, and what they point into.
@@ -120,8 +124,34 @@ at::Tensor uncertain_points_cpu(const at::Tensor& mask_logits, const at::Tensor&
   const float *map = maps.const_data_ptr<float>(), *points = from.const_data_ptr<float>();
   float* chosen = output.data_ptr<float>();
   for_rows(rows, kernels.candidate_floats(height, width, number), [&](int64_t t, float* scratch) {
-    kernels.uncertain(map + t * height * width, height, width, points + 2 * t * number, number, count,
+    kernels.uncertain(map + t * height * width, height, width, points + 2 * t * number, {}, number, count,
                       chosen + 2 * t * count, scratch);
+  });
+  return output;
+}
+
+at::Tensor drawn_points_cpu(const at::Tensor& mask_logits, int64_t seed, int64_t candidates, int64_t uncertain,
+                            int64_t others) {
+  TORCH_CHECK_VALUE(mask_logits.dim() == 3 && mask_logits.scalar_type() == at::kFloat,
+                    "mask_logits must be (T, h, w) float32, got ", mask_logits.sizes(), " ", mask_logits.scalar_type());
+  check_cells(mask_logits);
+  TORCH_CHECK_VALUE(uncertain >= 0 && uncertain <= candidates && others >= 0,
+                    "candidates must be at least uncertain, and no number negative, got ", candidates, ", ", uncertain,
+                    " and ", others);
+  const at::Tensor maps = mask_logits.contiguous();
+  const int64_t rows = maps.size(0), height = maps.size(1), width = maps.size(2), count = uncertain + others;
+  at::Tensor output = at::empty({rows, count, 2}, maps.options());
+  if (output.numel() == 0) return output;
+  const PointKernels kernels = choose_kernels();
+  const float* map = maps.const_data_ptr<float>();
+  float* points = output.data_ptr<float>();
+  for_rows(rows, kernels.candidate_floats(height, width, candidates), [&](int64_t t, float* scratch) {
+    cpu::PointStream stream{static_cast<uint64_t>(seed), static_cast<uint32_t>(t), 0};
+    float* row = points + 2 * t * count;
+    if (uncertain > 0)
+      kernels.uncertain(map + t * height * width, height, width, nullptr, stream, candidates, uncertain, row, scratch);
+    stream.use = 1;
+    kernels.draw(stream, others, row + 2 * uncertain);
   });
   return output;
 }

@@ -16,15 +16,22 @@ struct PointRow {
   int64_t count;
 };
 
+// Which random points: of one row, for one use.
+struct PointStream {
+  uint64_t seed;
+  uint32_t row, use;
+};
+
 constexpr int64_t kPointSums = 4;  // of a row: softplus(x) - x t; p t; p; t
 
 struct PointKernels {
   // Floats of scratch memory that a map, or `count` candidates of it, need.
   int64_t (*map_floats)(int64_t height, int64_t width);
   int64_t (*candidate_floats)(int64_t height, int64_t width, int64_t count);
-  // The `kept` (at least one) of `count` candidates where the map is closest to zero, in their order.
-  void (*uncertain)(const float* map, int64_t height, int64_t width, const float* candidates, int64_t count,
-                    int64_t kept, float* output, float* scratch);
+  // The `kept` (at least one) of `count` candidates where the map is closest to zero; null: those of the stream.
+  void (*uncertain)(const float* map, int64_t height, int64_t width, const float* candidates, PointStream stream,
+                    int64_t count, int64_t kept, float* output, float* scratch);
+  void (*draw)(const PointStream& stream, int64_t count, float* points);
   // `probability` and `target` are those of each point.
   void (*loss_sums)(const PointRow& row, float* sums, float* probability, float* target, float* scratch);
   // From the gradient of the sums that of the logits (height, width), which is written whole.
