@@ -238,6 +238,38 @@ def step_arguments(cfg: Any) -> dict[str, Any]:
     }
 
 
+def scaled_to_processes(cfg: Any, processes: int) -> dict[str, Any]:
+    """What SOLVER.REFERENCE_WORLD_SIZE asks for: a config for so many processes, used with another number of them.
+
+    Each process keeps its images, so that batch and learning rate grow with the processes, and the iterations shrink
+    (Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 2.1).
+
+    Returns:
+        New values of keys, none if nothing changes.
+
+    Raises:
+        ValueError: if the batch of the config cannot be shared out among its processes.
+    """
+    reference = at_least(cfg, "SOLVER.REFERENCE_WORLD_SIZE", 0)
+    if reference in (0, processes):
+        return {}
+    solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE = {reference}, got "
+            f"{solver.IMS_PER_BATCH}"
+        )
+    factor = processes / reference
+    shrinking = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+    return {
+        "SOLVER.REFERENCE_WORLD_SIZE": processes,
+        "SOLVER.IMS_PER_BATCH": round(solver.IMS_PER_BATCH * factor),
+        "SOLVER.BASE_LR": solver.BASE_LR * factor,
+        "SOLVER.STEPS": tuple(round(step / factor) for step in solver.STEPS),
+        **{key: round(value_of(cfg, key) / factor) for key in shrinking},
+    }
+
+
 def start_arguments(cfg: Any) -> dict[str, Any]:
     """The weights that a training starts from, and the data set that they were trained on; None: none, not told."""
     return {"weights": cfg.MODEL.WEIGHTS or None, "source_dataset": cfg.MODEL.WEIGHTS_DATASET or None}

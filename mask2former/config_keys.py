@@ -86,6 +86,7 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.MASK_FORMER.DECODER_DROPOUT": 0.0,
     "MODEL.MASK_FORMER.MATCH_ON": "points",
     "MODEL.MASK_FORMER.LOSS_ON": "points",
+    "MODEL.MASK_FORMER.CHECKPOINT_ACTIVATIONS": False,  # new; MSDeformAttnPixelDecoder only
     "MODEL.MASK_FORMER.PRECISION": "",  # new; empty: as published
     "MODEL.MASK_FORMER.TEST.DECODER_LAYERS": -1,  # new; negative: all
     "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": True,

@@ -141,13 +141,15 @@ def pixel_decoder_arguments(cfg: Any) -> dict[str, Any]:
         "dim_feedforward": former.ENCODER_DIM_FEEDFORWARD,
         "dropout": former.DROPOUT,
         "common_stride": head.COMMON_STRIDE,
+        "checkpoint_activations": former.CHECKPOINT_ACTIVATIONS,
         "in_features": list(head.IN_FEATURES),
     }
 
 
 def fpn_arguments(cfg: Any) -> dict[str, Any]:
-    """MODEL.SEM_SEG_HEAD -> arguments of the FPN, which semantic FPN and FaPN share."""
+    """MODEL.SEM_SEG_HEAD -> arguments of the FPN, which all pixel decoders but the deformable one share."""
     head = cfg.MODEL.SEM_SEG_HEAD
+    _require_defaults(cfg, ("CHECKPOINT_ACTIVATIONS",), f"with {head.PIXEL_DECODER_NAME}")
     return {
         "conv_dim": head.CONVS_DIM,
         "mask_dim": head.MASK_DIM,

@@ -34,6 +34,9 @@ DETECTRON2_KEYS: dict[str, Any] = {
     "SOLVER.STEPS": (327778, 355092),
     "SOLVER.WARMUP_FACTOR": 1.0,
     "SOLVER.WARMUP_ITERS": 10,
+    "SOLVER.REFERENCE_WORLD_SIZE": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 5000,
+    "TEST.EVAL_PERIOD": 5000,
     "SOLVER.CLIP_GRADIENTS.ENABLED": True,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.01,
@@ -176,6 +179,7 @@ def test_architecture_of_the_published_r50_config() -> None:
             "dim_feedforward": 1024,
             "dropout": 0.0,
             "common_stride": 4,
+            "checkpoint_activations": False,
             "in_features": ["res2", "res3", "res4", "res5"],
         },
         "transformer_decoder": {
@@ -682,3 +686,26 @@ def test_cosine_schedule_ends_at_zero() -> None:
     assert config.schedule_arguments(make_config(end))["name"] == "WarmupMultiStepLR"
     with pytest.raises(ValueError, match=r"SOLVER.BASE_LR_END must be 0.0.* got 1e-06"):
         config.schedule_arguments(make_config(cosine, end))
+
+
+def test_activation_checkpointing_is_obeyed_by_the_deformable_decoder_and_refused_by_others() -> None:
+    key = "MODEL.MASK_FORMER.CHECKPOINT_ACTIVATIONS"
+    assert config.architecture_arguments(make_config({key: True}))["pixel_decoder"]["checkpoint_activations"] is True
+    for name in ("BasePixelDecoder", "SemanticFPNPixelDecoder", "BiFPNPixelDecoder", "FaPNPixelDecoder"):
+        cfg = make_config({key: True, "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": name})
+        with pytest.raises(ValueError, match=f"{key} must be False.* with {name}, got True"):
+            config.decoder_arguments(cfg)
+
+
+def test_scaling_to_other_numbers_of_processes() -> None:
+    assert config.scaled_to_processes(make_config(), 3) == {}
+    made_for_eight = {"SOLVER.REFERENCE_WORLD_SIZE": 8, "SOLVER.IMS_PER_BATCH": 16, "SOLVER.STEPS": (8000, 9000)}
+    cfg = make_config(made_for_eight, {"SOLVER.MAX_ITER": 10000, "SOLVER.BASE_LR": 4e-4, "SOLVER.WARMUP_ITERS": 10})
+    assert config.scaled_to_processes(cfg, 8) == {}
+    found = config.scaled_to_processes(cfg, 2)
+    assert found["SOLVER.IMS_PER_BATCH"] == 4
+    assert found["SOLVER.BASE_LR"] == 1e-4
+    assert found["SOLVER.STEPS"] == (32000, 36000)
+    assert (found["SOLVER.MAX_ITER"], found["SOLVER.WARMUP_ITERS"]) == (40000, 40)
+    with pytest.raises(ValueError, match=r"multiple of SOLVER\.REFERENCE_WORLD_SIZE = 5, got 16"):
+        config.scaled_to_processes(make_config({"SOLVER.REFERENCE_WORLD_SIZE": 5}), 2)

@@ -44,6 +44,8 @@ def run(args: Namespace) -> dict[str, Any] | None:
     cfg = get_config(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     if args.eval_only:
         model = Trainer.build_model(cfg)
         DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
@@ -51,8 +53,6 @@ def run(args: Namespace) -> dict[str, Any] | None:
         if config.tta_arguments(cfg)["enabled"]:
             results.update(Trainer.test_with_TTA(cfg, model))
         return results
-    if cfg.MODEL.DEVICE == "cpu":
-        keep_freed_memory()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     try:

@@ -49,6 +49,17 @@ class Config:
     def __hash__(self) -> int:
         return hash(self.dump())
 
+    def changed(self, values: dict[str, Any]) -> "Config":
+        """A copy with other values of some keys, which are dotted."""
+        return Config({**dict(self._items()), **values})
+
+    def _items(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in vars(self).items():
+            if isinstance(value, Config):
+                yield from value._items(f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
     def tree(self) -> Tree:
         """Nested dicts; tuples become lists."""
         return {name: _plain(value) for name, value in vars(self).items()}

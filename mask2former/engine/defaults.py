@@ -92,7 +92,6 @@ ONLY_DEFAULT: dict[str, str] = {
     "MODEL.KEYPOINT_ON": "there are no keypoints",
     "MODEL.LOAD_PROPOSALS": "there are no proposals",
     "SOLVER.NESTEROV": "momentum is plain",
-    "SOLVER.REFERENCE_WORLD_SIZE": "settings are not scaled by the number of processes",
     "TEST.PRECISE_BN.ENABLED": "there is no precise batch normalisation",
     "DATALOADER.SAMPLER_TRAIN": "there is one order of the images",
 }

@@ -141,10 +141,10 @@ def train_or_evaluate(cfg: Any, *, resume: bool = False, eval_only: bool = False
         On the first process the results of the last evaluation, if there was one.
     """
     _configure(cfg)
-    if eval_only:
-        return _evaluate_only(cfg, resume=resume)
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
+    if eval_only:
+        return _evaluate_only(cfg, resume=resume)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer.train()

@@ -73,11 +73,11 @@ class Trainer:
             ConfigError: if a key asks for what cannot be done here.
             ValueError: if the core refuses a value of the config.
         """
-        self.cfg = cfg
-        self.settings = config.run_arguments(cfg)
         architecture = config.architecture_arguments(cfg)
         check_evaluation(cfg)
         self.fabric = make_fabric(cfg) if fabric is None else fabric
+        self.cfg = cfg = cfg.changed(config.scaled_to_processes(cfg, self.fabric.world_size))
+        self.settings = config.run_arguments(cfg)
         self.is_main = self.fabric.global_rank == 0
         self.folder = CheckpointFolder(cfg.OUTPUT_DIR, kept=self.settings["checkpoints_kept"])
         if self.is_main:

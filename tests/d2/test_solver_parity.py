@@ -9,12 +9,13 @@ from torch import nn
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.projects.deeplab.build_solver import build_lr_scheduler as build_deeplab_scheduler
 from detectron2.solver import build_lr_scheduler
 from detectron2.solver.build import maybe_add_gradient_clipping
 
-from mask2former.config import schedule_arguments
+from mask2former.config import scaled_to_processes, schedule_arguments, value_of
 from mask2former.d2.config import add_maskformer2_config
 from mask2former.solver import clip_gradients, lr_factor
 
@@ -115,3 +116,17 @@ def test_clipping_in_the_optimizer(clip_type: str) -> None:
     clip_gradients(ours, type=clip_type, value=0.5, norm_type=2.0)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, -other.data)
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8, 16])
+def test_scaling_to_other_numbers_of_processes(processes: int) -> None:
+    changes = {"REFERENCE_WORLD_SIZE": 8, "IMS_PER_BATCH": 16, "BASE_LR": 3e-4, "MAX_ITER": 4999, "STEPS": (3001, 4001)}
+    cfg = _cfg(**changes, WARMUP_ITERS=11, CHECKPOINT_PERIOD=777)
+    cfg.TEST.EVAL_PERIOD = 1003
+    expected = DefaultTrainer.auto_scale_workers(cfg, processes)
+    found = scaled_to_processes(cfg, processes)
+    assert bool(found) == (processes != 8)
+    for key, value in found.items():
+        cfg.merge_from_list([key, value])
+        assert value_of(cfg, key) == value_of(expected, key), key
+    assert cfg == expected

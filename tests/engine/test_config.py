@@ -163,3 +163,12 @@ def test_every_translation_reads_the_defaults_of_the_reference():
     assert config.architecture_arguments(cfg)["transformer_decoder"]["num_queries"] == 50
     assert isinstance(cfg.SOLVER, Config)
     assert yaml.safe_load(cfg.dump())["SEED"] == 1
+
+
+def test_a_changed_copy() -> None:
+    cfg = get_config(CONFIGS / "quick_schedules/smoke.yaml")
+    other = cfg.changed({"SOLVER.MAX_ITER": 77, "SOLVER.STEPS": (1, 2)})
+    assert (other.SOLVER.MAX_ITER, other.SOLVER.STEPS) == (77, (1, 2))
+    assert cfg.SOLVER.MAX_ITER != 77
+    assert other != cfg
+    assert other.changed({"SOLVER.MAX_ITER": cfg.SOLVER.MAX_ITER, "SOLVER.STEPS": cfg.SOLVER.STEPS}) == cfg

@@ -47,6 +47,15 @@ def test_a_run_trains_evaluates_logs_and_resumes_exactly(tiny):
     assert_equal_models(resumed_trainer.model, trainer.model)
 
 
+def test_a_config_for_more_processes_is_scaled(tiny):
+    changes = {"IMS_PER_BATCH": 4, "REFERENCE_WORLD_SIZE": 4, "BASE_LR": 0.004, "MAX_ITER": 1, "STEPS": "()"}
+    trainer = Trainer(tiny.cfg(**{f"SOLVER__{key}": value for key, value in changes.items()}))
+    assert trainer.max_iter == 4
+    assert trainer.cfg.SOLVER.IMS_PER_BATCH == 1
+    assert {group["initial_lr"] for group in trainer.step.optimizer.param_groups} <= {0.001, 0.001 * 0.1}
+    assert trainer.cfg.SOLVER.REFERENCE_WORLD_SIZE == 1
+
+
 def test_without_a_seed_a_resumed_run_continues_all_the_same(tiny):
     _, losses = train(tiny.cfg(SEED=-1, DATASETS__TEST="()"))
     (tiny.folder / "output/last_checkpoint").write_text("model_0000001.pth")
