@@ -276,9 +276,10 @@ def start_arguments(cfg: Any) -> dict[str, Any]:
 
 
 def run_arguments(cfg: Any) -> dict[str, Any]:
-    """What a training writes besides its last weights.
+    """How a training runs, and what it writes besides its last weights.
 
     Returns:
+        compile: backbone and head are compiled, the losses are not.
         ema_decay: of the average of the weights over time, None without one. checkpoints_kept: the last so many,
         None for all. wandb_project: where Weights & Biases gets the numbers, None for nowhere.
     """
@@ -286,6 +287,7 @@ def run_arguments(cfg: Any) -> dict[str, Any]:
     if not 0 < ema.DECAY < 1:
         raise ValueError(f"SOLVER.EMA.DECAY must be between 0 and 1, got {ema.DECAY!r}")
     return {
+        "compile": bool(cfg.SOLVER.COMPILE),
         "ema_decay": ema.DECAY if ema.ENABLED else None,
         "checkpoints_kept": at_least(cfg, "SOLVER.CHECKPOINTS_KEPT", 0) or None,
         "wandb_project": cfg.LOGGING.WANDB_PROJECT or None,

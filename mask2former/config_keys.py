@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "SOLVER.AMP.DTYPE": "float16",  # new
     "SOLVER.EMA.ENABLED": False,  # new, embedded engine only
     "SOLVER.EMA.DECAY": 0.9999,  # new
+    "SOLVER.COMPILE": False,  # new
     "SOLVER.CHECKPOINTS_KEPT": 0,  # new; 0 keeps all
     "LOGGING.WANDB_PROJECT": "",  # new, embedded engine only
     "MODEL.WEIGHTS_DATASET": "",  # new; names the classes that MODEL.WEIGHTS were trained on

@@ -6,12 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from mask2former import training
 from mask2former.build import build_model
 from mask2former.modeling.mask2former import Mask2Former
 from mask2former.ops import _extension
 from mask2former.predictor import Predictor
 from tests.golden import fill_weights
-from tests.tiny import architecture, assert_same_pictures, categories, lively_model, picture
+from tests.tiny import (
+    architecture,
+    assert_same_pictures,
+    categories,
+    lively_model,
+    picture,
+    random_image,
+    random_target,
+)
 
 # There is another graph for squares, if the first picture is one; where Swin's windows fit exactly or are one row;
 # and for so few pixels that PyTorch computes a convolution in another way. These two are alike in all of that.
@@ -85,6 +94,27 @@ def test_the_predictor_compiles_on_demand_and_weights_keep_their_names(monkeypat
     Predictor(model, categories=categories(), compile=True)
     assert calls == [{"dynamic": True}] * 2
     assert list(model.state_dict()) == names
+
+
+def test_training_with_compiled_parts_is_the_same_training() -> None:
+    model, counter = small("resnet").train(), Counter()
+    images, targets = [random_image(64, 96)] * 2, [random_target(3, 64, 96), random_target(0, 64, 96)]
+
+    def step() -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        loss = training.sum_of(model.losses(images, targets))
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, gradients = step()
+    model.compile(backend=counter)
+    found, compiled_gradients = step()
+    assert counter.graphs
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == compiled_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ class Trainer(DefaultTrainer):
         _refuse_what_only_the_embedded_engine_does(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if config.run_arguments(cfg)["compile"]:
+            model.compile()
         optimizer = self.build_optimizer(cfg, model)
         placement = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **placement)

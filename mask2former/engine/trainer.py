@@ -86,6 +86,8 @@ class Trainer:
         self.seed: int = cfg.SEED if cfg.SEED >= 0 else drawn
         torch.manual_seed(self.seed)
         self.model: Mask2Former = build_model(architecture, **config.precision_arguments(cfg))
+        if self.settings["compile"]:
+            self.model.compile()
         optimizer = solver.make_optimizer(self.model, **config.optimizer_arguments(cfg))
         self.step = TrainingStep(cfg, self.fabric, self.model, optimizer)
         factor = solver.lr_factor(**config.schedule_arguments(cfg))

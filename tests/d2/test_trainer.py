@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 
 from mask2former.d2.launch import main
 from mask2former.d2.trainer import MaskFormerStep, Trainer
+from mask2former.modeling.mask2former import Mask2Former
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -117,6 +118,13 @@ def test_accumulation_adds_up_the_gradients_of_the_parts(tiny_cfg):
     assert sum(losses.values()).item() == pytest.approx(total, rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_the_model_is_compiled_if_that_is_wanted(tiny_cfg, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Mask2Former, "compile", lambda model: calls.append(model))
+    tiny_cfg.SOLVER.COMPILE = True
+    assert Trainer(tiny_cfg)._trainer.model is calls[0]
 
 
 def test_accumulation_must_divide_the_batch(tiny_cfg):

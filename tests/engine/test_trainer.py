@@ -10,6 +10,7 @@ from mask2former.engine.checkpoints import CheckpointError
 from mask2former.engine.evaluation import evaluate
 from mask2former.engine.trainer import Trainer
 from mask2former.engine.yaml_files import ConfigError
+from mask2former.modeling.mask2former import Mask2Former
 from mask2former.modeling.structures import MaskTarget
 
 
@@ -54,6 +55,14 @@ def test_a_config_for_more_processes_is_scaled(tiny):
     assert trainer.cfg.SOLVER.IMS_PER_BATCH == 1
     assert {group["initial_lr"] for group in trainer.step.optimizer.param_groups} <= {0.001, 0.001 * 0.1}
     assert trainer.cfg.SOLVER.REFERENCE_WORLD_SIZE == 1
+
+
+def test_the_model_is_compiled_if_that_is_wanted(tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Mask2Former, "compile", lambda model: calls.append(model))
+    Trainer(tiny.cfg())
+    assert not calls
+    assert Trainer(tiny.cfg(SOLVER__COMPILE=True)).model is calls[0]
 
 
 def test_without_a_seed_a_resumed_run_continues_all_the_same(tiny):
