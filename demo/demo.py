@@ -25,8 +25,6 @@ from demo_pictures import segment_pictures  # noqa: E402
 from demo_results import Files, Results, Screen, plan_files  # noqa: E402
 from demo_window import Gui, Window, WindowClosedError, system_gui  # noqa: E402
 
-from mask2former.training import keep_freed_memory  # noqa: E402
-
 
 def main(arguments: Sequence[str] | None = None, *, gui: Gui | None = None) -> int:
     """Run the demo; returns the exit code.
@@ -36,6 +34,10 @@ def main(arguments: Sequence[str] | None = None, *, gui: Gui | None = None) -> i
         gui: opens windows; None: OpenCV.
     """
     args = _parse(arguments)
+    if arguments is None:  # a process of its own
+        from mask2former.training import keep_freed_memory
+
+        keep_freed_memory()  # the next picture needs as much again
     try:
         return _run(args, gui)
     except (CommandError, OSError) as error:
@@ -169,7 +171,6 @@ def _segment_video(video: Video, results: Results) -> bool:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # the next picture needs as much again
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     sys.exit(main())
