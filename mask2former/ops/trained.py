@@ -1,4 +1,4 @@
-"""Linear maps and FFNs in training on CPUs in float32: faster products, and less that is kept for the backward pass.
+"""Linear maps, FFNs and convolutions in training on CPUs in float32: faster, and less is kept for the backward pass.
 
 The products of inputs and weights, and of gradients and weights, are those of `mask2former.ops.fused`, which has no
 gradients of its own. An FFN keeps its input alone: the hidden tensor, the largest one of a transformer, is made again
@@ -16,11 +16,15 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from mask2former.ops import fused
 
 _FEW_ROWS = 192  # as in `fused`
-_HIDDEN_NUMBERS = 1 << 20  # of the hidden tensor that are made again at a time: 4 MiB
+_HIDDEN_NUMBERS = 1 << 19  # of the hidden tensor that are made again at a time: 2 MiB
 
 
 def trains(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these functions apply: to float32 on a CPU, with gradients, and in nothing but plain training."""
+    """Whether `linear` and `feed_forward` apply: to float32 on a CPU, with gradients, in nothing but plain training."""
+    return _is_plain_training(x, *others) and x.numel() >= _FEW_ROWS * x.shape[-1]
+
+
+def _is_plain_training(x: Tensor, *others: Tensor | None) -> bool:
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
@@ -31,8 +35,32 @@ def trains(x: Tensor, *others: Tensor | None) -> bool:
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not torch.is_autocast_enabled("cpu")
         and not is_in_torch_dispatch_mode()
-        and x.numel() >= _FEW_ROWS * x.shape[-1]
     )
+
+
+def convolves(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Whether `convolution` is more than an ordinary one: it keeps the map's size, and there are kernels for that."""
+    same_size = stride == (1, 1) and (tuple(weight.shape[2:]), padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+    return same_size and _is_plain_training(x, weight) and fused.has_kernels(x)
+
+
+def wants_channels_last(x: Tensor) -> bool:
+    """Whether convolutions of maps like ``x`` are faster in channels-last order, in training or inference."""
+    return fused.fuses(x) or (_is_plain_training(x) and fused.has_kernels(x))
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+) -> Tensor:
+    """A convolution: (B, C_in, H, W), (C_out, C_in, h, w), (C_out,) -> (B, C_out, H', W')."""
+    if convolves(x, weight, stride, padding):
+        return _Convolution.apply(x, weight, bias, padding)
+    return F.conv2d(x, weight, bias, stride, padding)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,6 +109,51 @@ class _Linear(torch.autograd.Function):
         of_x = fused.linear(gradient, weight.t().contiguous(), None) if ctx.needs_input_grad[0] else None
         of_weight = rows.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+
+
+class _Convolution(torch.autograd.Function):
+    """Step 1, and as many zeros around the map as keep its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x, weight)
+        ctx.padding, ctx.has_bias = padding, bias is not None
+        return fused.convolution(x, weight, bias, padding=padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:  # a convolution, too, of mirrored weights
+            mirrored = weight.flip(2, 3).transpose(0, 1).contiguous()
+            of_x = fused.convolution(gradient, mirrored, None, padding=ctx.padding)
+        if ctx.needs_input_grad[1]:
+            of_weight = _gradient_of_weight(gradient, x, weight, ctx.padding)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 2, 3))
+        return of_x, of_weight, of_bias, None
+
+
+def _gradient_of_weight(gradient: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """(C_out, C_in, h, w): for each place of the window a product of all pixels of the gradient and of the moved maps.
+
+    With zeros around both, pixels that moved out of their line or image meet zeros.
+    """
+    down, right = padding
+    borders = (0, 0, right, right, down, down)
+    padded = [F.pad(t.permute(0, 2, 3, 1), borders).flatten(0, 2) for t in (gradient, x)]  # (R, C_out), (R, C_in)
+    rows, inputs = padded
+    line, count = x.shape[3] + 2 * right, len(rows)
+    of_weight = torch.empty_like(weight)
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            move = (i - down) * line + j - right
+            first, last = max(0, -move), count - max(0, move)
+            of_weight[:, :, i, j] = rows[first:last].t() @ inputs[first + move : last + move]
+    return of_weight
 
 
 class _FeedForward(torch.autograd.Function):

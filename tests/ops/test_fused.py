@@ -1,6 +1,7 @@
 """This project's kernels and oneDNN's operators against ordinary ones, and when they are used."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -126,6 +127,82 @@ def test_feed_forward(rows: int, sizes: tuple[int, int, int], activation: fused.
     close(feed_forward(first, second, x, residual), (F.linear(hidden, second.weight.double()) + residual).float())
 
 
+def norm_of(channels: int) -> nn.LayerNorm:
+    norm = nn.LayerNorm(channels, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("rows", [5, 100, 301])
+@pytest.mark.parametrize("channels", [24, 35, 300])
+@torch.no_grad()
+def test_sums_and_normalisations_around_the_maps(rows: int, channels: int) -> None:
+    first, second = Linear(channels, 44, activation="gelu"), Linear(44, channels)
+    before, inside, after = norm_of(channels), norm_of(44), norm_of(channels)
+    x, added = 3 * torch.randn(2, rows, channels) + 5, torch.randn(rows, channels)
+    exact = [layer.double() for layer in copy.deepcopy([first, second, before, inside, after])]
+    hidden = exact[0](exact[2](x.double() + added))
+    close(first(x, added=added, before=before), hidden.float())
+    close(first(x, added=added, before=before, after=inside), exact[3](hidden).float())
+    close(second(hidden.float(), x, after=after), exact[4](exact[1](hidden) + x).float())
+    result = exact[4](exact[1](exact[0](exact[2](x.double()))) + x)
+    close(feed_forward(first, second, x, x, before=before, after=after), result.float())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("head", [16, 20, 32])
+@torch.no_grad()
+def test_heads_first(batch: int, head: int) -> None:
+    linear, x = nn.Linear(24, 3 * head), torch.randn(batch, 250, 24)
+    found = fused.heads_first(x, linear.weight, linear.bias, 3)
+    close(found, linear(x).view(batch, 250, 3, head))
+    if fused._use_kernels(x) and batch == 1 and head % 16 == 0:
+        assert found.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("queries", [7, 192, 200])
+@torch.no_grad()
+def test_product(order: torch.memory_format, queries: int) -> None:
+    left, maps = torch.randn(2, queries, 40), torch.randn(2, 40, 9, 11).contiguous(memory_format=order)
+    exact = torch.einsum("bqc,bchw->bqhw", left.double(), maps.double())
+    close(fused.product(left, maps), exact.float())
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (1, 2, 1)])
+@pytest.mark.parametrize("has_residual", [True, False])
+@torch.no_grad()
+def test_convolution_of_many_channels(size: int, stride: int, padding: int, has_residual: bool) -> None:
+    x = torch.randn(2, 256, 9, 7).contiguous(memory_format=torch.channels_last)
+    weight, bias, scale = torch.randn(40, 256, size, size) * 0.03, torch.randn(40), torch.randn(40)
+    exact = F.conv2d(x.double(), weight.double() * scale[:, None, None, None], bias.double(), stride, padding)
+    residual = torch.randn(exact.shape).contiguous(memory_format=torch.channels_last) if has_residual else None
+    numbers = {"stride": (stride, stride), "padding": (padding, padding)}
+    found = fused.convolution(x, weight, bias, residual=residual, relu=True, scale=scale, **numbers)
+    close(found, (exact if residual is None else exact + residual).relu().float())
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("coarse_size", [None, (5, 4), (1, 1), (11, 14), (13, 20)])
+@pytest.mark.parametrize("relu", [True, False])
+@torch.no_grad()
+def test_group_norm(order: torch.memory_format, coarse_size: tuple[int, int] | None, relu: bool) -> None:
+    """Also of numbers that are far from zero for their spread."""
+    x = (torch.randn(2, 24, 11, 14) + 100 * torch.randn(24, 1, 1)).contiguous(memory_format=order)
+    norm = nn.GroupNorm(6, 24)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    exact = F.group_norm(x.double(), 6, norm.weight.double(), norm.bias.double(), norm.eps)
+    coarse = None
+    if coarse_size is not None:
+        coarse = torch.randn(2, 24, *coarse_size).contiguous(memory_format=order)
+        exact += F.interpolate(coarse.double(), (11, 14), mode="bilinear", align_corners=False)
+    found = fused.group_norm(x, 6, norm.weight, norm.bias, norm.eps, coarse=coarse, relu=relu)
+    assert found.is_contiguous(memory_format=order)
+    close(found, (exact.relu() if relu else exact).float())
+
+
 @needs_kernels
 @torch.no_grad()
 def test_a_row_does_not_depend_on_others_or_on_threads() -> None:
@@ -156,23 +233,47 @@ def test_what_is_not_a_number_stays_that(request: pytest.FixtureRequest) -> None
 @needs_kernels
 def test_direct_calls_check_their_arguments() -> None:
     entry, x, weight = torch.ops.mask2former, torch.zeros(3, 4), torch.zeros(5, 4)
+
+    def linear(
+        x: Tensor = x,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: int = 0,
+        added: Tensor | None = None,
+        before: Sequence[Tensor] = (),
+        heads: int = 0,
+    ) -> Tensor:
+        return entry.linear(x, weight, bias, residual, activation, added, before, 1e-5, [], 0.0, heads)
+
     with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 4\), got \[3, 2\]"):
-        entry.linear(torch.zeros(3, 2), weight, None, None, 0)
+        linear(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"bias must have shape \(5\), got \[4\]"):
-        entry.linear(x, weight, torch.zeros(4), None, 0)
+        linear(bias=torch.zeros(4))
     with pytest.raises(ValueError, match=r"residual must have shape \[3, 5\], got \[5\]"):
-        entry.linear(x, weight, None, torch.zeros(5), 0)
+        linear(residual=torch.zeros(5))
     with pytest.raises(ValueError, match="activation must be from 0 to 3, got 7"):
-        entry.linear(x, weight, None, None, 7)
-    with pytest.raises(ValueError, match="weight2 must have 5 columns, got"):
-        entry.feed_forward(x, weight, None, torch.zeros(2, 6), None, None, 1)
+        linear(activation=7)
+    with pytest.raises(ValueError, match=r"added must have the last two sizes of x, \[3, 4\], got \[2, 4\]"):
+        linear(added=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="norm_before must be empty or weight and bias, got 1 tensors"):
+        linear(before=[torch.zeros(4)])
+    with pytest.raises(ValueError, match="heads must divide the weight's rows"):
+        linear(heads=5)
     with pytest.raises(ValueError, match="x must be float32"):
-        entry.linear(x.double(), weight, None, None, 0)
+        linear(x.double())
+    with pytest.raises(ValueError, match="weight2 must have 5 columns, got"):
+        entry.feed_forward(x, weight, None, torch.zeros(2, 6), None, None, 1, [], 0.0, [], 0.0)
+    maps = torch.zeros(1, 8, 4, 4)
     with pytest.raises(ValueError, match="multiples of 8 channels"):
-        entry.convolution3x3(torch.zeros(1, 8, 4, 4), torch.zeros(4, 8, 3, 3), None, False)
+        entry.convolution3x3(maps, torch.zeros(4, 8, 3, 3), None, None, False)
     with pytest.raises(ValueError, match="must agree"):
-        entry.convolution3x3(torch.zeros(1, 8, 4, 4), torch.zeros(8, 16, 3, 3), None, False)
-    assert entry.linear(torch.zeros(0, 4), weight, None, None, 0).shape == (0, 5)
+        entry.convolution3x3(maps, torch.zeros(8, 16, 3, 3), None, None, False)
+    with pytest.raises(ValueError, match="must be as large as weight"):
+        entry.convolution(maps, torch.zeros(8, 8, 5, 5), None, None, None, [1, 1], [0, 0], 0)
+    dense = maps.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="multiple of groups"):
+        entry.group_norm_(dense, 3, torch.ones(8), torch.ones(8), 1e-5, None, False)
+    assert linear(torch.zeros(0, 4)).shape == (0, 5)
 
 
 class _AnyMode(TorchDispatchMode):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mask2former.ops import trained
+from mask2former.ops import fused, trained
 from mask2former.ops.fused import Activation
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -90,3 +90,42 @@ def test_other_cases_take_ordinary_operations(kind: str, monkeypatch: pytest.Mon
     with torch.set_grad_enabled(enabled), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         assert trained.linear(x, weight, None).requires_grad == enabled
         assert trained.feed_forward(x, (weight, weight), (None, None), activation="gelu").requires_grad == enabled
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("channels", [(16, 24), (24, 16), (6, 10)])  # Winograd's kernel has multiples of 8
+def test_convolution(order: torch.memory_format, size: int, has_bias: bool, channels: tuple[int, int]) -> None:
+    C_in, C_out = channels
+    x = torch.randn(2, C_in, 14, 21).contiguous(memory_format=order).requires_grad_()
+    padding = (size // 2, size // 2)
+    weight = (torch.randn(C_out, C_in, size, size) * (size * size * C_in) ** -0.5).requires_grad_()
+    leaves = [x, weight, *([leaf(C_out)] if has_bias else [])]
+
+    def found(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return trained.convolution(x, w, b, padding=padding)
+
+    check(found, lambda x, w, b=None: F.conv2d(x, w, b, padding=padding), leaves)
+
+
+def test_which_convolutions_have_gradients_of_their_own() -> None:
+    x, one, three = leaf(1, 8, 14, 21), torch.zeros(8, 8, 1, 1), torch.zeros(8, 8, 3, 3)
+    assert trained.convolves(x, one, (1, 1), (0, 0)) == fused._has_kernels
+    assert trained.convolves(x, three, (1, 1), (1, 1)) == fused._has_kernels
+    others = [(one, 2, 0), (three, 1, 0), (three, 2, 1), (one, 1, 1), (torch.zeros(8, 8, 1, 3), 1, 0)]
+    for weight, stride, padding in others:
+        assert not trained.convolves(x, weight, (stride, stride), (padding, padding))
+    with torch.no_grad():
+        assert not trained.convolves(x, one, (1, 1), (0, 0))
+    assert not trained.convolves(x.double(), one.double(), (1, 1), (0, 0))
+
+
+def test_a_convolution_gives_no_gradient_to_what_is_frozen() -> None:
+    x, weight, bias = torch.randn(1, 8, 14, 21), leaf(8, 8, 3, 3), torch.zeros(8)
+    trained.convolution(x, weight, bias, padding=(1, 1)).sum().backward()
+    assert weight.grad is not None
+    assert bias.grad is None
+    inputs = leaf(1, 8, 14, 21)
+    trained.convolution(inputs, weight.detach(), None, padding=(1, 1)).sum().backward()
+    assert inputs.grad is not None

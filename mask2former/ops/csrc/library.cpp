@@ -1,5 +1,7 @@
 // Operator schemas and the Python module. Importing mask2former._C registers the operators; the module itself holds only
 // what was compiled in. Fake kernels and gradients are registered from Python.
+#include "attention.h"
+#include "group_norm.h"
 #include "ms_deform_attn.h"
 #include "pixels.h"
 #include "points.h"
@@ -101,11 +103,24 @@ TORCH_LIBRARY(mask2former, m) {
   m.def("blend(Tensor maps, Tensor[] columns, Tensor[] rows, int width) -> Tensor");
   m.def("largest(Tensor scores) -> (Tensor, Tensor)");
   m.def("has_product_kernels() -> bool", &has_product_kernels);
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, Tensor? added, "
+      "Tensor[] norm_before, float eps_before, Tensor[] norm_after, float eps_after, int heads) -> Tensor");
   m.def(
       "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? residual, "
-      "int activation) -> Tensor");
-  m.def("convolution3x3(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor");
+      "int activation, Tensor[] norm_before, float eps_before, Tensor[] norm_after, float eps_after) "
+      "-> Tensor");
+  m.def(
+      "convolution(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, int[2] stride, "
+      "int[2] padding, int activation) -> Tensor");
+  m.def("convolution3x3(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, bool relu) -> Tensor");
+  m.def(
+      "group_norm_(Tensor(a!) x, int groups, Tensor weight, Tensor bias, float eps, Tensor? coarse, bool relu) -> ()");
+  m.def("has_attention_kernels() -> bool", &has_attention_kernels);
+  m.def("attention(Tensor q, Tensor k, Tensor v, int num_heads, Tensor? blocked) -> Tensor");
+  m.def(
+      "window_attention(Tensor qkv, Tensor? qkv_bias, Tensor position_bias, int num_heads, int side, int shift, "
+      "float scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
@@ -123,7 +138,11 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("largest", &largest_cpu);
   m.impl("linear", &linear_cpu);
   m.impl("feed_forward", &feed_forward_cpu);
+  m.impl("convolution", &convolution_cpu);
+  m.impl("group_norm_", &group_norm_cpu_);
   m.impl("convolution3x3", &convolution3x3_cpu);
+  m.impl("attention", &attention_cpu);
+  m.impl("window_attention", &window_attention_cpu);
 }
 
 #ifdef MASK2FORMER_WITH_CUDA

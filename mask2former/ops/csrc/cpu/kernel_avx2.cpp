@@ -1,4 +1,6 @@
 // The kernels for x86-64 with AVX2. The pragma stays in force to the end of the file, where templates are instantiated.
+#include "group_norm.h"
+#include "attention.h"
 #include "matching.h"
 #include "pixels.h"
 #include "points.h"
@@ -15,13 +17,17 @@
 #define MASK2FORMER_KERNELS kernels_avx2
 #define MASK2FORMER_POINT_KERNELS point_kernels_avx2
 #define MASK2FORMER_PIXEL_KERNELS pixel_kernels_avx2
+#define MASK2FORMER_GROUP_NORM_KERNELS group_norm_kernels_avx2
 #define MASK2FORMER_PRODUCT_KERNELS product_kernels_avx2
 #define MASK2FORMER_MATCHING_KERNELS matching_kernels_avx2
+#define MASK2FORMER_ATTENTION_KERNELS attention_kernels_avx2
 #include "kernel.h"
 #include "points_kernel.h"
 #include "pixels_kernel.h"
 #include "matching_kernel.h"
+#include "attention_kernel.h"
 #include "products_kernel.h"
+#include "group_norm_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,4 +1,5 @@
 // The kernels for x86-64 with AVX-512. The pragma stays in force to the end of the file, where templates are instantiated.
+#include "attention.h"
 #include "matching.h"
 #include "pixels.h"
 #include "points.h"
@@ -15,10 +16,12 @@
 #define MASK2FORMER_POINT_KERNELS point_kernels_avx512
 #define MASK2FORMER_PIXEL_KERNELS pixel_kernels_avx512
 #define MASK2FORMER_MATCHING_KERNELS matching_kernels_avx512
+#define MASK2FORMER_ATTENTION_KERNELS attention_kernels_avx512
 #include "kernel.h"
 #include "points_kernel.h"
 #include "pixels_kernel.h"
 #include "matching_kernel.h"
+#include "attention_kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

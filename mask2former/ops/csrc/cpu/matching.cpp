@@ -1,7 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in matching_kernel.h.
 #include "matching.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "../points.h"
+#include "share.h"
 
 namespace mask2former {
 namespace {
@@ -58,11 +58,10 @@ at::Tensor read_features(const MatchingKernels& kernels, const at::Tensor& featu
   at::Tensor panels = at::empty({tiles, C, tile}, features.options());
   float* output = panels.data_ptr<float>();
   const float *maps = features.const_data_ptr<float>(), *where = points.const_data_ptr<float>();
-  at::parallel_for(0, C, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(kernels.map_floats(height, width));
+  share<float>(C, 1, kernels.map_floats(height, width), [&](int64_t begin, int64_t end, float* scratch) {
     for (int64_t c = begin; c < end; ++c)
       kernels.read_channel(maps + c * height * width, height, width, where, count, C, output + c * tile,
-                           scratch.data());
+                           scratch);
   });
   return panels;
 }
@@ -76,7 +75,7 @@ at::Tensor read_masks(const MatchingKernels& kernels, const at::Tensor& masks, c
   float* output = panels.data_ptr<float>();
   const uint8_t* first = static_cast<const uint8_t*>(masks.const_data_ptr());
   const float* where = points.const_data_ptr<float>();
-  at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+  share<float>(N, 1, 0, [&](int64_t begin, int64_t end, float*) {
     for (int64_t n = begin; n < end; ++n) {
       const cpu::PointRow mask{nullptr, 0, 0, first + n * height * width, height, width, static_cast<float>(canvas[0]),
                                static_cast<float>(canvas[1]), where, count};
@@ -106,13 +105,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pair_sums
   const int64_t groups = (R + kGroupRows - 1) / kGroupRows;
   float *s = softplus.data_ptr<float>(), *p = predicted.data_ptr<float>();
   float *x = inner.data_ptr<float>(), *o = overlap.data_ptr<float>();
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<char> block(kernels.group_bytes(kGroupRows, C, N));
+  share<char>(groups, 1, kernels.group_bytes(kGroupRows, C, N), [&](int64_t begin, int64_t end, char* block) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * kGroupRows, size = std::min(kGroupRows, R - first);
       const cpu::MatchingGroup group{rows + first * C, f, t, size, C, N, count, s + first, p + first, x + first * N,
                                      o + first * N};
-      kernels.pair_sums(group, block.data());
+      kernels.pair_sums(group, block);
     }
   });
   return {softplus, predicted, inner, overlap, wanted};

@@ -2,17 +2,18 @@
 #include "../ms_deform_attn.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "problem.h"
+#include "share.h"
 
 namespace mask2former {
 namespace {
@@ -62,10 +63,11 @@ struct Call {
   }
 
   template <typename Function>
-  void run(Function function, int64_t tasks, int64_t grain) const {
-    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      std::vector<char> scratch(kernels.scratch_bytes(problem));
-      function(problem, begin, end, scratch.data());
+  void run(Function function, int64_t tasks, int64_t piece) const {
+    const int64_t bytes = kernels.scratch_bytes(problem);
+    share<char>(tasks, piece, bytes, [&](int64_t begin, int64_t end, char* scratch) {
+      std::memset(scratch, 0, bytes);
+      function(problem, begin, end, scratch);
     });
   }
 };
@@ -80,8 +82,7 @@ const typename Stored<T>::type* pointer(const at::Tensor& tensor) {
 // costs a tenth of what it saves.
 at::Tensor by_head(const at::Tensor& value) { return value.transpose(1, 2).contiguous(); }
 
-// Rows of the softmax's gradient; fewer than this are not worth a thread.
-constexpr int64_t kRowGrain = 1024;
+constexpr int64_t kRows = 1024;  // of the softmax's gradient; fewer are not worth a thread
 
 }  // namespace
 
@@ -99,7 +100,7 @@ at::Tensor forward_cpu(const at::Tensor& value_, at::IntArrayRef shapes, const a
     call.problem.points = points.const_data_ptr<A>();
     call.problem.scores = scores.const_data_ptr<A>();
     call.problem.output = reinterpret_cast<T*>(output.data_ptr<scalar_t>());
-    call.run(call.kernels.forward, n.B * call.problem.query_blocks() * n.M, 1);
+    call.run(call.kernels.forward, n.B * call.problem.query_blocks() * n.M, n.M);
   });
   return output;
 }
@@ -129,8 +130,8 @@ Gradients backward_cpu(const at::Tensor& grad_output_, const at::Tensor& value_,
     call.problem.grad_value = grad_value.data_ptr<A>();
     call.problem.grad_points = grad_points.data_ptr<A>();
     call.problem.grad_scores = grad_scores.data_ptr<A>();
-    call.run(call.kernels.backward, n.B * n.M * n.L, 1);
-    if (fused) call.run(call.kernels.softmax_backward, n.B * n.Q * n.M, kRowGrain);
+    call.run(call.kernels.backward, n.B * n.M * n.L, n.B * n.M < at::get_num_threads() ? 1 : n.L);
+    if (fused) call.run(call.kernels.softmax_backward, n.B * n.Q * n.M, kRows);
   });
   return {grad_value.to(value.scalar_type()).transpose(1, 2).contiguous(), grad_points, grad_scores};
 }

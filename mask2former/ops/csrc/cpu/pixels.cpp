@@ -1,16 +1,15 @@
 // Tensors in, tensors out; the arithmetic is in pixels_kernel.h.
 #include "../pixels.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <array>
-#include <memory>
 #include <string>
 
 #include "pixels.h"
+#include "share.h"
 
 namespace mask2former {
 namespace {
@@ -85,10 +84,8 @@ at::Tensor blend_cpu(const at::Tensor& maps, at::TensorList columns, at::TensorL
                               maps.size(2),                   down.axis,        across.axis, out.data_ptr<float>()};
   const PixelKernels kernels = choose_kernels();
   const int64_t grain = 1 + kPixelsAtLeast / (down.axis.size * across.axis.size);
-  at::parallel_for(0, maps.size(0), grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[kernels.blend_scratch(problem)]);
-    kernels.blend(problem, begin, end, scratch.get());
-  });
+  share<float>(maps.size(0), grain, kernels.blend_scratch(problem),
+               [&](int64_t begin, int64_t end, float* scratch) { kernels.blend(problem, begin, end, scratch); });
   return out;
 }
 
@@ -103,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor> largest_cpu(const at::Tensor& scores_) {
   const float* from = scores.const_data_ptr<float>();
   float* value = values.data_ptr<float>();
   int64_t* place = places.data_ptr<int64_t>();
-  at::parallel_for(0, scores.size(1), kPixelsAtLeast, [&](int64_t begin, int64_t end) {
+  share<float>(scores.size(1), kPixelsAtLeast, 0, [&](int64_t begin, int64_t end, float*) {
     kernels.largest(from, scores.size(0), scores.stride(0), begin, end, value, place);
   });
   return {values, places};

@@ -1,7 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in points_kernel.h.
 #include "../points.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "points.h"
+#include "share.h"
 
 namespace mask2former {
 namespace {
@@ -104,9 +104,8 @@ class Rows {
 // function(t, scratch) for each of the rows; rows write to different places.
 template <typename Function>
 void for_rows(int64_t rows, int64_t scratch_floats, Function function) {
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(scratch_floats);
-    for (int64_t t = begin; t < end; ++t) function(t, scratch.data());
+  share<float>(rows, 1, scratch_floats, [&](int64_t begin, int64_t end, float* scratch) {
+    for (int64_t t = begin; t < end; ++t) function(t, scratch);
   });
 }
 

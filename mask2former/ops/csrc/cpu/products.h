@@ -15,27 +15,59 @@ struct RowPlaces {
   int64_t image, down, right;  // steps in floats
 };
 
-// out = activation(x w^T + bias) + residual, for M rows x of K numbers and N rows w. `weight` is packed.
-struct Linear {
-  RowPlaces x;
-  int64_t M, K, N;
-  const float* weight;
-  const float* bias;      // (N) or null
-  const float* residual;  // rows of `out_step` numbers, or null
-  float* out;
-  int64_t out_step;
-  Activation activation;
+// Normalisation of rows; none if `weight` is null.
+struct LayerNorm {
+  const float *weight, *bias;
+  float eps;
 };
 
-// out = act(x w1^T + b1) w2^T + b2 + residual, with F numbers a row in between, which never leave the cache.
-struct FeedForward {
-  RowPlaces x;
-  int64_t M, K, F, N;
-  const float *weight1, *bias1, *weight2, *bias2;
-  const float* residual;
+// The rows of a product, and what is made of each before it.
+struct Rows {
+  RowPlaces places;
+  int64_t count, size;
+  const float* added;  // (period, size), to row r the row r % period, or null
+  int64_t period;
+  LayerNorm norm;
+};
+
+// What is made of the sums of a product: sums * scale + bias, activation, + residual, normalisation. Each pointer may be
+// null. The rows of `out` and `residual` are `step` numbers apart; columns n lie at n / head * head_step + n % head.
+struct Output {
+  const float *scale, *bias, *residual;
   float* out;
-  int64_t out_step;
+  int64_t step, head, head_step;
   Activation activation;
+  LayerNorm norm;  // only if head is N
+};
+
+// Rows x of K numbers times N rows of K weights. `weight` is packed for the function `linear`, and as it is, (N, K), for
+// `few_rows`.
+struct Linear {
+  Rows x;
+  int64_t N;
+  const float* weight;
+  Output output;
+};
+
+// Two linear maps, with F numbers a row in between, which never leave the cache.
+struct FeedForward {
+  Rows x;
+  int64_t F, N;
+  const float *weight1, *bias1, *weight2;
+  Activation activation;  // of the numbers in between
+  Output output;
+};
+
+// A convolution as a linear map of windows. The rows are the pixels of the output, (B, height, width), their numbers the
+// channels of the window, each (rows, columns) side by side as in the weight; linear.x.places is not used.
+struct Windows {
+  Linear linear;
+  const float* maps;                      // (B, source_height, source_width, channels)
+  int64_t source_height, source_width, channels;
+  int64_t height, width;                  // of the output
+  int64_t rows, columns;                  // of the window
+  int64_t down, right;                    // steps of the window
+  int64_t above, left;                    // zeros around the maps
 };
 
 // 3x3 convolution, step 1, one pixel of zeros around the map; maps (B, height, width, channels).
@@ -43,7 +75,7 @@ struct Convolution3x3 {
   const float* x;
   int64_t B, height, width, K, N;
   const float* weight;  // transformed, and packed for each of its places
-  const float* bias;    // (N) or null
+  const float *scale, *bias;  // (N) or null
   float* out;
   bool relu;
 };
@@ -56,6 +88,10 @@ struct ProductKernels {
   void (*pack)(const float* weight, int64_t N, int64_t K, float* packed, int64_t begin, int64_t end);
   int64_t (*linear_scratch)(const Linear& problem);
   void (*linear)(const Linear& problem, int64_t begin, int64_t end, float* scratch);  // rows
+  // Packs each panel where it is used, which pays for few rows. Tasks are panels.
+  int64_t (*few_rows_scratch)(const Linear& problem);
+  void (*few_rows)(const Linear& problem, int64_t begin, int64_t end, float* scratch);
+  void (*windows)(const Windows& problem, int64_t begin, int64_t end, float* scratch);  // as `linear`
   int64_t (*feed_forward_scratch)(const FeedForward& problem);
   void (*feed_forward)(const FeedForward& problem, int64_t begin, int64_t end, float* scratch);  // rows
   // Winograd's algorithm. Tasks of `transform` are panels; of `convolution` the blocks of tiles of all images.

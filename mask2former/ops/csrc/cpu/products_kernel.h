@@ -18,8 +18,12 @@ constexpr int64_t kRowPad = 16;  // rows at steps of a power of two would share 
 
 inline int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// Columns of each piece of K; the last may have fewer.
-inline int64_t depth_of(int64_t K) { return parts(K, parts(K, kDepth)); }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Columns of each piece of K, whole panels of a matrix that has K rows; the last piece may have fewer.
+inline int64_t depth_of(int64_t K) { return parts(parts(K, parts(K, kDepth)), kTileColumns) * kTileColumns; }
+
+inline int64_t piece_at(int64_t k0, int64_t K) { return smaller(depth_of(K), K - k0); }
 
 // ---- weights
 
@@ -27,18 +31,44 @@ int64_t panels(int64_t N) { return parts(N, kTileColumns); }
 
 int64_t packed_floats(int64_t N, int64_t K) { return panels(N) * kTileColumns * K; }
 
+// Eight vectors of eight numbers, rows to columns.
+inline void transpose(F* x) {
+  static_assert(kLanes == 8);
+  F pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    pairs[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = i; j < i + 2; ++j) {
+      fours[j] = __builtin_shufflevector(pairs[j], pairs[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[j + 2] = __builtin_shufflevector(pairs[j], pairs[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int j = 0; j < 4; ++j) {
+    x[j] = __builtin_shufflevector(fours[j], fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[j + 4] = __builtin_shufflevector(fours[j], fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
 // Piece by piece, in each panel by panel, in each column by column: kTileColumns numbers.
 void pack(const float* weight, int64_t N, int64_t K, float* packed, int64_t begin, int64_t end) {
-  const int64_t depth = depth_of(K), all = panels(N) * kTileColumns;
+  const int64_t all = panels(N) * kTileColumns;
   for (int64_t panel = begin; panel < end; ++panel)
-    for (int64_t k0 = 0; k0 < K; k0 += depth) {
-      const int64_t k1 = k0 + depth < K ? k0 + depth : K;
-      float* to = packed + k0 * all + panel * kTileColumns * (k1 - k0);
-      for (int64_t kk = k0; kk < k1; kk += 16)
-        for (int64_t j = 0; j < kTileColumns; ++j) {
-          const int64_t n = panel * kTileColumns + j, stop = kk + 16 < k1 ? kk + 16 : k1;
-          for (int64_t k = kk; k < stop; ++k) to[(k - k0) * kTileColumns + j] = n < N ? weight[n * K + k] : 0.0f;
-        }
+    for (int64_t k0 = 0; k0 < K; k0 += depth_of(K)) {
+      const int64_t k1 = k0 + piece_at(k0, K), first = panel * kTileColumns;
+      float* to = packed + k0 * all + first * (k1 - k0);
+      int64_t k = k0;
+      if (first + kTileColumns <= N)
+        for (; k + kLanes <= k1; k += kLanes)
+          for (int64_t j = 0; j < kTileColumns; j += kLanes) {
+            F rows[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) rows[i] = load(weight + (first + j + i) * K + k);
+            transpose(rows);
+            for (int64_t i = 0; i < kLanes; ++i) store(to + (k - k0 + i) * kTileColumns + j, rows[i]);
+          }
+      for (; k < k1; ++k)
+        for (int64_t j = 0; j < kTileColumns; ++j)
+          to[(k - k0) * kTileColumns + j] = first + j < N ? weight[(first + j) * K + k] : 0.0f;
     }
 }
 
@@ -59,14 +89,17 @@ inline F gelu(F x) {
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
+// Pointers are those of the tile's first column or number, or null.
 struct After {
-  const float* bias;      // of the tile's first column, or null
-  const float* residual;  // of the tile's first number, or null
+  const float *scale, *bias, *residual;
   int64_t residual_step;
   Activation activation;
 };
 
-inline F finish(F sum, const float* bias, const float* residual, Activation activation) {
+inline const float* moved(const float* pointer, int64_t by) { return pointer == nullptr ? nullptr : pointer + by; }
+
+inline F finish(F sum, const float* scale, const float* bias, const float* residual, Activation activation) {
+  if (scale != nullptr) sum *= load(scale);
   if (bias != nullptr) sum += load(bias);
   if (activation == Activation::kRelu) sum = relu(sum);
   if (activation == Activation::kGelu) sum = gelu(sum);
@@ -97,9 +130,8 @@ inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, 
       F total = sum[i][j];
       if (!starts) total += load(out + i * out_step + j * kLanes);
       if (after != nullptr)
-        total = finish(total, after->bias == nullptr ? nullptr : after->bias + j * kLanes,
-                       after->residual == nullptr ? nullptr : after->residual + i * after->residual_step + j * kLanes,
-                       after->activation);
+        total = finish(total, moved(after->scale, j * kLanes), moved(after->bias, j * kLanes),
+                       moved(after->residual, i * after->residual_step + j * kLanes), after->activation);
       store(out + i * out_step + j * kLanes, total);
     }
 }
@@ -119,12 +151,18 @@ inline void tile_of(int64_t rows, const float* a, int64_t a_step, const float* b
 // The last panel of a matrix whose rows are no multiple of kTileColumns: sums go through a tile of its own.
 void narrow_tile(int64_t rows, int64_t columns, const float* a, int64_t a_step, const float* b, int64_t depth,
                  float* out, int64_t out_step, bool starts, const After* after) {
-  float sums[kTileRows * kTileColumns], added[kTileRows * kTileColumns] = {}, bias[kTileColumns] = {};
+  float sums[kTileRows * kTileColumns], added[kTileRows * kTileColumns] = {};
+  float scale[kTileColumns] = {}, bias[kTileColumns] = {};
   After own = {};
   if (after != nullptr) {
     own = *after;
-    if (own.bias != nullptr) std::memcpy(bias, own.bias, columns * sizeof(float));
-    own.bias = own.bias == nullptr ? nullptr : bias;
+    const auto widened = [columns](const float*& numbers, float* wide) {
+      if (numbers == nullptr) return;
+      std::memcpy(wide, numbers, columns * sizeof(float));
+      numbers = wide;
+    };
+    widened(own.scale, scale);
+    widened(own.bias, bias);
     if (own.residual != nullptr) {
       for (int64_t i = 0; i < rows; ++i)
         std::memcpy(added + i * kTileColumns, own.residual + i * own.residual_step, columns * sizeof(float));
@@ -149,70 +187,172 @@ inline void fetch(const float* weights, int64_t count, int64_t part, int64_t par
   for (int64_t at = part * step; at < (part + 1) * step; at += 16) __builtin_prefetch(weights + at, 0, 2);
 }
 
-// out (rows, N) = what follows (a (rows, K) times the packed weight).
-void block(const float* a, int64_t a_step, int64_t rows, int64_t K, int64_t N, const float* weight, float* out,
-           int64_t out_step, const After& after) {
-  const int64_t depth = depth_of(K), all = panels(N) * kTileColumns;
-  for (int64_t k0 = 0; k0 < K; k0 += depth) {
-    const int64_t piece = k0 + depth < K ? depth : K - k0;
-    const bool starts = k0 == 0, ends = k0 + depth >= K;
-    for (int64_t n = 0; n < N; n += kTileColumns) {
-      const float* b = weight + k0 * all + n * piece;
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t count = rows - r < kTileRows ? rows - r : kTileRows;
-        const After here = {after.bias == nullptr ? nullptr : after.bias + n,
-                            after.residual == nullptr ? nullptr : after.residual + r * after.residual_step + n,
-                            after.residual_step, after.activation};
-        const float* from = a + r * a_step + k0;
-        float* to = out + r * out_step + n;
-        fetch(b + kTileColumns * piece, kTileColumns * piece, r / kTileRows, kBlockRows / kTileRows);
-        if (N - n >= kTileColumns)
-          tile_of(count, from, a_step, b, piece, to, out_step, starts, ends ? &here : nullptr);
-        else
-          narrow_tile(count, N - n, from, a_step, b, piece, to, out_step, starts, ends ? &here : nullptr);
+// Where sums of some columns go; see Output.
+struct Sink {
+  float* out;
+  int64_t step, head, head_step;
+  After after;
+};
+
+Sink sink_of(const Output& o, int64_t row) {
+  return {o.out + row * o.step, o.step, o.head, o.head_step,
+          {o.scale, o.bias, moved(o.residual, row * o.step), o.step, o.activation}};
+}
+
+// sink (rows, N) = or += a (rows, depth) b (depth, N), with b in panels, then what follows if it ends.
+void block_piece(const float* a, int64_t a_step, int64_t rows, int64_t depth, const float* b, int64_t N,
+                 const Sink& sink, bool starts, bool ends) {
+  for (int64_t n = 0; n < N; n += kTileColumns, b += depth * kTileColumns) {
+    const int64_t column = n / sink.head * sink.head_step + n % sink.head;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t count = smaller(kTileRows, rows - r);
+      float* to = sink.out + r * sink.step + column;
+      const After after = {moved(sink.after.scale, n), moved(sink.after.bias, n),
+                           moved(sink.after.residual, r * sink.step + column), sink.step, sink.after.activation};
+      fetch(b + kTileColumns * depth, kTileColumns * depth, r / kTileRows, kBlockRows / kTileRows);
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_prefetch(to + i * sink.step, 1);
+        if (after.residual != nullptr) __builtin_prefetch(after.residual + i * sink.step);
       }
+      if (N - n >= kTileColumns)
+        tile_of(count, a + r * a_step, a_step, b, depth, to, sink.step, starts, ends ? &after : nullptr);
+      else
+        narrow_tile(count, N - n, a + r * a_step, a_step, b, depth, to, sink.step, starts, ends ? &after : nullptr);
     }
   }
 }
 
-void copy_rows(const RowPlaces& places, int64_t begin, int64_t count, int64_t K, float* to) {
-  for (int64_t r = begin; r < begin + count; ++r, to += K + kRowPad) {
-    const int64_t line = r / places.width;
-    const float* from = places.first + line / places.height * places.image + line % places.height * places.down +
-                        r % places.width * places.right;
-    std::memcpy(to, from, K * sizeof(float));
+// sink (rows, stop - first) = what follows (a (rows, K) times rows first to stop of the packed weight), which are panels.
+void block(const float* a, int64_t a_step, int64_t rows, int64_t K, int64_t N, const float* weight, int64_t first,
+           int64_t stop, const Sink& sink) {
+  const int64_t all = panels(N) * kTileColumns;
+  for (int64_t k0 = 0; k0 < K; k0 += depth_of(K)) {
+    const int64_t depth = piece_at(k0, K);
+    block_piece(a + k0, a_step, rows, depth, weight + k0 * all + first * depth, stop - first, sink, k0 == 0,
+                k0 + depth == K);
   }
+}
+
+// ---- rows
+
+// Mean of the row's numbers less `centre`, or of their squares.
+float mean_of(const float* row, int64_t size, float centre, bool squared) {
+  const int64_t whole = size / kLanes * kLanes;
+  F sums = {};
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    const F x = load(row + k) - centre;
+    sums += squared ? x * x : x;
+  }
+  float sum = sum_lanes<float>(sums);
+  for (int64_t k = whole; k < size; ++k) sum += squared ? (row[k] - centre) * (row[k] - centre) : row[k] - centre;
+  return sum / static_cast<float>(size);
+}
+
+void normalise(const LayerNorm& norm, float* row, int64_t size) {
+  const float mean = mean_of(row, size, 0, false);
+  const float factor = 1.0f / __builtin_sqrtf(mean_of(row, size, mean, true) + norm.eps);
+  for (int64_t k = 0; k < size; ++k) row[k] = (row[k] - mean) * factor * norm.weight[k] + norm.bias[k];
+}
+
+void copy_rows(const Rows& x, int64_t begin, int64_t count, float* to) {
+  const RowPlaces& p = x.places;
+  for (int64_t r = begin; r < begin + count; ++r, to += x.size + kRowPad) {
+    const int64_t line = r / p.width;
+    const float* from = p.first + line / p.height * p.image + line % p.height * p.down + r % p.width * p.right;
+    if (x.added == nullptr) {
+      std::memcpy(to, from, x.size * sizeof(float));
+    } else {
+      const float* added = x.added + r % x.period * x.size;
+      for (int64_t k = 0; k < x.size; ++k) to[k] = from[k] + added[k];
+    }
+    if (x.norm.weight != nullptr) normalise(x.norm, to, x.size);
+  }
+}
+
+void finish_rows(const Output& o, int64_t begin, int64_t count, int64_t N) {
+  if (o.norm.weight == nullptr) return;
+  for (int64_t r = begin; r < begin + count; ++r) normalise(o.norm, o.out + r * o.step, N);
 }
 
 // ---- linear maps
 
-int64_t linear_scratch(const Linear& p) { return kBlockRows * (p.K + kRowPad); }
+int64_t linear_scratch(const Linear& p) { return kBlockRows * (p.x.size + kRowPad); }
 
-void linear(const Linear& p, int64_t begin, int64_t end, float* scratch) {
+template <typename Read>
+void linear_of(const Linear& p, int64_t begin, int64_t end, float* scratch, Read read) {
   for (int64_t r = begin; r < end; r += kBlockRows) {
-    const int64_t count = end - r < kBlockRows ? end - r : kBlockRows;
-    copy_rows(p.x, r, count, p.K, scratch);
-    const After after = {p.bias, p.residual == nullptr ? nullptr : p.residual + r * p.out_step, p.out_step,
-                         p.activation};
-    block(scratch, p.K + kRowPad, count, p.K, p.N, p.weight, p.out + r * p.out_step, p.out_step, after);
+    const int64_t count = smaller(kBlockRows, end - r), K = p.x.size;
+    read(r, count);
+    block(scratch, K + kRowPad, count, K, p.N, p.weight, 0, p.N, sink_of(p.output, r));
+    finish_rows(p.output, r, count, p.N);
   }
 }
 
-int64_t feed_forward_scratch(const FeedForward& p) {
-  return kBlockRows * (p.K + kRowPad + panels(p.F) * kTileColumns + kRowPad);
+void linear(const Linear& p, int64_t begin, int64_t end, float* scratch) {
+  linear_of(p, begin, end, scratch, [&](int64_t r, int64_t count) { copy_rows(p.x, r, count, scratch); });
 }
 
+int64_t few_rows_scratch(const Linear& p) { return p.x.size * kTileColumns + p.x.count * (p.x.size + kRowPad); }
+
+void few_rows(const Linear& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t K = p.x.size;
+  float* rows = scratch + K * kTileColumns;
+  copy_rows(p.x, 0, p.x.count, rows);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t n = panel * kTileColumns, columns = smaller(kTileColumns, p.N - n);
+    Sink sink = sink_of(p.output, 0);
+    sink.out += n;
+    sink.after = {moved(sink.after.scale, n), moved(sink.after.bias, n), moved(sink.after.residual, n), sink.step,
+                  sink.after.activation};
+    pack(p.weight + n * K, columns, K, scratch, 0, 1);
+    block(rows, K + kRowPad, p.x.count, K, columns, scratch, 0, columns, sink);
+  }
+}
+
+void copy_windows(const Windows& p, int64_t begin, int64_t count, float* to) {
+  const int64_t taps = p.rows * p.columns;
+  for (int64_t r = begin; r < begin + count; ++r, to += p.linear.x.size + kRowPad) {
+    const int64_t line = r / p.width;
+    const int64_t y0 = line % p.height * p.down - p.above, x0 = r % p.width * p.right - p.left;
+    const float* image = p.maps + line / p.height * p.source_height * p.source_width * p.channels;
+    if (taps == 1 && p.above == 0 && p.left == 0) {
+      std::memcpy(to, image + (y0 * p.source_width + x0) * p.channels, p.channels * sizeof(float));
+      continue;
+    }
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t y = y0 + tap / p.columns, x = x0 + tap % p.columns;
+      const float* from = image + (y * p.source_width + x) * p.channels;
+      if (y >= 0 && y < p.source_height && x >= 0 && x < p.source_width)
+        for (int64_t c = 0; c < p.channels; ++c) to[c * taps + tap] = from[c];
+      else
+        for (int64_t c = 0; c < p.channels; ++c) to[c * taps + tap] = 0;
+    }
+  }
+}
+
+void windows(const Windows& p, int64_t begin, int64_t end, float* scratch) {
+  linear_of(p.linear, begin, end, scratch, [&](int64_t r, int64_t count) { copy_windows(p, r, count, scratch); });
+}
+
+int64_t feed_forward_scratch(const FeedForward& p) {
+  return kBlockRows * (p.x.size + kRowPad + depth_of(p.F) + kRowPad);
+}
+
+// A piece of the hidden numbers at a time, which stays in the second cache beside the rows and their sums.
 void feed_forward(const FeedForward& p, int64_t begin, int64_t end, float* scratch) {
-  const int64_t hidden_step = panels(p.F) * kTileColumns + kRowPad;
-  float* hidden = scratch + kBlockRows * (p.K + kRowPad);
+  const int64_t K = p.x.size, all = panels(p.N) * kTileColumns, hidden_step = depth_of(p.F) + kRowPad;
+  float* hidden = scratch + kBlockRows * (K + kRowPad);
   for (int64_t r = begin; r < end; r += kBlockRows) {
-    const int64_t count = end - r < kBlockRows ? end - r : kBlockRows;
-    copy_rows(p.x, r, count, p.K, scratch);
-    block(scratch, p.K + kRowPad, count, p.K, p.F, p.weight1, hidden, hidden_step,
-          {p.bias1, nullptr, 0, p.activation});
-    const After after = {p.bias2, p.residual == nullptr ? nullptr : p.residual + r * p.out_step, p.out_step,
-                         Activation::kNone};
-    block(hidden, hidden_step, count, p.F, p.N, p.weight2, p.out + r * p.out_step, p.out_step, after);
+    const int64_t count = smaller(kBlockRows, end - r);
+    copy_rows(p.x, r, count, scratch);
+    const Sink sink = sink_of(p.output, r);
+    for (int64_t f0 = 0; f0 < p.F; f0 += depth_of(p.F)) {
+      const int64_t piece = piece_at(f0, p.F);
+      block(scratch, K + kRowPad, count, K, p.F, p.weight1, f0, f0 + piece,
+            {hidden, hidden_step, hidden_step, 0, {nullptr, moved(p.bias1, f0), nullptr, 0, p.activation}});
+      block_piece(hidden, hidden_step, count, piece, p.weight2 + f0 * all, p.N, sink, f0 == 0, f0 + piece == p.F);
+    }
+    finish_rows(p.output, r, count, p.N);
   }
 }
 
@@ -236,28 +376,35 @@ inline void weights_at_points(const F* w, int64_t step, F* to, int64_t to_step) 
   to[5 * to_step] = c;
 }
 
-int64_t transformed_floats(int64_t N, int64_t K) { return kPlaces * packed_floats(N, K); }
+// From a place's matrix to the next one's: at steps of a power of two, all places would share a set of the cache.
+int64_t place_step(int64_t N, int64_t K) { return packed_floats(N, K) + kRowPad; }
 
-// The weight is (N, K, 3, 3); of each place a matrix (N, K), packed.
+int64_t transformed_floats(int64_t N, int64_t K) { return kPlaces * place_step(N, K); }
+
+// The weight is (N, K, 3, 3), N and K multiples of kLanes; of each place a matrix (N, K), packed.
 void transform(const float* weight, int64_t N, int64_t K, float* transformed, int64_t begin, int64_t end) {
-  const int64_t depth = depth_of(K), all = panels(N) * kTileColumns, size = packed_floats(N, K);
+  const int64_t all = panels(N) * kTileColumns, step = place_step(N, K);
   for (int64_t panel = begin; panel < end; ++panel)
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t k0 = k / depth * depth, piece = k0 + depth < K ? depth : K - k0;
-      float* to = transformed + k0 * all + panel * kTileColumns * piece + (k - k0) * kTileColumns;
-      float taps[3][3][kTileColumns] = {};
-      for (int64_t j = 0; j < kTileColumns && panel * kTileColumns + j < N; ++j)
-        for (int64_t at = 0; at < 9; ++at)
-          taps[at / 3][at % 3][j] = weight[((panel * kTileColumns + j) * K + k) * 9 + at];
+    for (int64_t k0 = 0; k0 < K; k0 += kLanes)
       for (int64_t j = 0; j < kTileColumns; j += kLanes) {
-        F w[3][3], half[kWindow][3], points[kWindow][kWindow];
-        for (int64_t at = 0; at < 9; ++at) w[at / 3][at % 3] = load(&taps[at / 3][at % 3][j]);
-        for (int64_t x = 0; x < 3; ++x) weights_at_points(&w[0][x], 3, &half[0][x], 3);
-        for (int64_t y = 0; y < kWindow; ++y) weights_at_points(half[y], 1, points[y], 1);
-        for (int64_t place = 0; place < kPlaces; ++place)
-          store(to + place * size + j, points[place / kWindow][place % kWindow]);
+        const int64_t n = panel * kTileColumns + j, depth = depth_of(K), piece = k0 / depth * depth;
+        float* to = transformed + piece * all + panel * kTileColumns * piece_at(piece, K) +
+                    (k0 - piece) * kTileColumns + j;
+        F taps[kLanes * 9] = {};  // of kLanes rows: kLanes channels times 9
+        if (n < N)
+          for (int64_t part = 0; part < 9; ++part) {
+            for (int64_t i = 0; i < kLanes; ++i)
+              taps[part * kLanes + i] = load(weight + ((n + i) * K + k0) * 9 + part * kLanes);
+            transpose(taps + part * kLanes);
+          }
+        for (int64_t k = 0; k < kLanes; ++k, to += kTileColumns) {
+          F half[kWindow][3], points[kWindow][kWindow];
+          for (int64_t x = 0; x < 3; ++x) weights_at_points(taps + k * 9 + x, 3, &half[0][x], 3);
+          for (int64_t y = 0; y < kWindow; ++y) weights_at_points(half[y], 1, points[y], 1);
+          for (int64_t place = 0; place < kPlaces; ++place)
+            store(to + place * step, points[place / kWindow][place % kWindow]);
+        }
       }
-    }
 }
 
 // Six pixels at the six points.
@@ -323,6 +470,7 @@ void write_tile(const Convolution3x3& p, int64_t image, int64_t y0, int64_t x0, 
       for (int64_t x = 0; x < kTile && x0 + x < p.width; ++x) {
         const int64_t at = ((image * p.height + y0 + y) * p.width + x0 + x) * p.N + n;
         F result = results[y][x];
+        if (p.scale != nullptr) result *= load(p.scale + n);
         if (p.bias != nullptr) result += load(p.bias + n);
         if (p.relu) result = relu(result);
         store(p.out + at, result);
@@ -333,7 +481,7 @@ void write_tile(const Convolution3x3& p, int64_t image, int64_t y0, int64_t x0, 
 // K and N are multiples of kLanes.
 void convolution(const Convolution3x3& p, int64_t begin, int64_t end, float* scratch) {
   const Tiles tiles(p);
-  const int64_t outputs = panels(p.N) * kTileColumns, step = p.K + kRowPad, size = packed_floats(p.N, p.K);
+  const int64_t outputs = panels(p.N) * kTileColumns, step = p.K + kRowPad;
   const int64_t input_step = kBlockTiles * step + kRowPad, sum_step = kBlockTiles * outputs + kRowPad;  // of a place
   float *inputs = scratch, *sums = scratch + kPlaces * input_step;
   for (int64_t at = begin; at < end; ++at) {
@@ -345,8 +493,8 @@ void convolution(const Convolution3x3& p, int64_t begin, int64_t end, float* scr
     };
     for (int64_t t = 0; t < count; ++t) place_of(t, read_tile, inputs + t * step, input_step);
     for (int64_t place = 0; place < kPlaces; ++place)
-      block(inputs + place * input_step, step, count, p.K, p.N, p.weight + place * size, sums + place * sum_step, outputs,
-            {nullptr, nullptr, 0, Activation::kNone});
+      block(inputs + place * input_step, step, count, p.K, p.N, p.weight + place * place_step(p.N, p.K), 0, p.N,
+            {sums + place * sum_step, outputs, outputs, 0, {}});
     for (int64_t t = 0; t < count; ++t) place_of(t, write_tile, sums + t * outputs, sum_step);
   }
 }
@@ -356,7 +504,9 @@ void convolution(const Convolution3x3& p, int64_t begin, int64_t end, float* scr
 ProductKernels MASK2FORMER_PRODUCT_KERNELS() {
   return {packed_floats,      panels,
           pack,               linear_scratch,
-          linear,             feed_forward_scratch,
+          linear,             few_rows_scratch,
+          few_rows,           windows,
+          feed_forward_scratch,
           feed_forward,       transformed_floats,
           transform,          convolution_scratch,
           convolution_blocks, convolution};
