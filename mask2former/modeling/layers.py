@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.ops import fused, trained
+from mask2former.ops import attention, fused, trained
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -31,29 +31,70 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.activation: fused.Activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Activation of the map of (…, C), plus ``residual``."""
-        if self.activation == "none" and residual is None and trained.trains(x, self.weight, self.bias):
-            return trained.linear(x, self.weight, self.bias)
-        return fused.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        added: Tensor | None = None,
+        before: nn.LayerNorm | None = None,
+        after: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        """``after(activation(map(before(x + added))) + residual)`` of (…, C), with the parts that are given."""
+        if fused.fuses(x):
+            norms = {"before": _constants(before), "after": _constants(after)}
+            return fused.linear(
+                x, self.weight, self.bias, activation=self.activation, residual=residual, added=added, **norms
+            )
+        x = x if added is None else x + added
+        x = x if before is None else before(x)
+        if self.activation == "none" and trained.trains(x, self.weight, self.bias):
+            out = trained.linear(x, self.weight, self.bias)
+            out = out if residual is None else residual + out
+        else:
+            out = fused.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+        return out if after is None else after(out)
 
 
-def feed_forward(first: Linear, second: Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``second(first(x), residual)``: (…, C) -> (…, C'), without the tensor in between where that is possible."""
+def feed_forward(
+    first: Linear,
+    second: Linear,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    before: nn.LayerNorm | None = None,
+    after: nn.LayerNorm | None = None,
+) -> Tensor:
+    """``after(second(first(before(x)), residual))``: (…, C) -> (…, C'), in one pass where that is possible."""
     weights, biases = (first.weight, second.weight), (first.bias, second.bias)
+    if fused.fuses(x):
+        norms = {"before": _constants(before), "after": _constants(after)}
+        return fused.feed_forward(x, weights, biases, activation=first.activation, residual=residual, **norms)
+    x = x if before is None else before(x)
     if trained.trains(x, *weights, *biases):
         out = trained.feed_forward(x, weights, biases, activation=first.activation)
-        return out if residual is None else residual + out
-    if not fused.fuses(x):
-        return second(first(x), residual)
-    return fused.feed_forward(x, weights, biases, activation=first.activation, residual=residual)
+        out = out if residual is None else residual + out
+    else:
+        out = second(first(x), residual)
+    return out if after is None else after(out)
+
+
+def _constants(norm: nn.LayerNorm | None) -> fused.LayerNorm | None:
+    return None if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
 class Conv2d(nn.Conv2d):
     """A convolution without dilation and groups, by `mask2former.ops.fused`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.convolution(x, self.weight, self.bias, stride=self.stride, padding=_numbers(self.padding))
+        return _convolution(self, x)
+
+
+def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    place = _place(conv)
+    if trained.convolves(x, conv.weight, **place):
+        return trained.convolution(x, conv.weight, conv.bias, **place)
+    return fused.convolution(x, conv.weight, conv.bias, **place)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -88,30 +129,48 @@ class ConvNorm(nn.Conv2d):
         self._has_norm = norm is not None
         self._activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), and what is added before the activation, to (B, C', H', W')."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, coarse: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), and what is added before the activation, to (B, C', H', W').
+
+        A ``coarse`` map (B, C', h, w) is resized bilinearly first.
+        """
         folds = fused.fuses(x) or trained.trains(x, self.weight)  # in training less is kept, and passed over, so, too
         affine = constant_affine(self.norm) if self._has_norm and folds else None
-        if affine is not None:
+        if affine is not None and coarse is None:
             return self._folded(x, *affine, residual)
-        x = fused.convolution(x, self.weight, self.bias, stride=self.stride, padding=_numbers(self.padding))
-        if self._has_norm:
-            x = self.norm(x)
+        norm = self.norm if self._has_norm else None
+        if norm is not None and uses_batch_statistics(norm):
+            # statistics of few pixels make rounding larger, and the kernels round more
+            x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        else:
+            x = _convolution(self, x)
+        if isinstance(norm, nn.GroupNorm) and residual is None and fused.fuses(x):
+            relu = self._activation is F.relu_
+            x = fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, coarse=coarse, relu=relu)
+            return x if relu or self._activation is None else self._activation(x)
+        if norm is not None:
+            x = norm(x)
+        if coarse is not None:
+            x = x + F.interpolate(coarse, x.shape[-2:], mode="bilinear", align_corners=False).to(x.dtype)
         if residual is not None:
             x = x + residual
         return x if self._activation is None else self._activation(x)
 
     def _folded(self, x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
-        weight = self.weight * scale[:, None, None, None]
         bias = shift if self.bias is None else shift + self.bias * scale
-        padding, has_relu = _numbers(self.padding), self._activation in (F.relu, F.relu_)
-        x = fused.convolution(x, weight, bias, stride=self.stride, padding=padding, residual=residual, relu=has_relu)
+        place = _place(self)
+        if trained.convolves(x, self.weight, **place):
+            x = trained.convolution(x, self.weight * scale[:, None, None, None], bias, **place)
+            x = x if residual is None else x + residual
+            return x if self._activation is None else self._activation(x)
+        has_relu = self._activation in (F.relu, F.relu_)
+        x = fused.convolution(x, self.weight, bias, residual=residual, relu=has_relu, scale=scale, **place)
         return x if has_relu or self._activation is None else self._activation(x)
 
 
-def _numbers(padding: tuple[int, ...] | str) -> tuple[int, ...]:
-    assert not isinstance(padding, str)  # PyTorch's convolutions take words, too; none is used here
-    return padding
+def _place(conv: nn.Conv2d) -> dict[str, Any]:
+    assert not isinstance(conv.padding, str)  # PyTorch's convolutions take words, too; none is used here
+    return {"stride": conv.stride, "padding": conv.padding}
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -133,6 +192,11 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = _affine(self)
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether it is a batch normalisation by the statistics of its input."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
 
 
 def constant_affine(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -163,7 +227,7 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -190,14 +254,14 @@ class Attention(nn.Module):
         """
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
-        q, k, v = (
-            fused.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, length, C/M)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
+        q, k, v = (fused.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        dropout = self.dropout if self.training else 0.0
+        if attn_bias is None and dropout == 0 and attention.has_kernels(q):
+            return self.out_proj(attention.attention(q, k, v, self.num_heads, attn_blocked))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, M, length, C/M)
         mask = None if attn_bias is None else attn_bias.to(q.dtype)
         if attn_blocked is not None:
             mask = ~attn_blocked.unsqueeze(1)  # (B, 1, Q, S), True = may look
-        dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, M, Q, C/M)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -208,7 +272,7 @@ class MLP(nn.Module):
     def __init__(self, *, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
         dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

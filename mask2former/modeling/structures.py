@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mask2former.ops import fused
+
 
 class PixelFeatures(NamedTuple):
     """What a pixel decoder gives (paper section 3.2.1 and 3.2.2).
@@ -59,7 +61,7 @@ class QueryPrediction(NamedTuple):
     @property
     def mask_logits(self) -> Tensor:
         """(B, Q, H/4, W/4), made anew each time: the product of embeddings and features."""
-        return torch.einsum("bqc,bchw->bqhw", self.mask_embeddings, self.mask_features)
+        return fused.product(self.mask_embeddings, self.mask_features)
 
     @property
     def with_masks(self) -> MaskPrediction:

@@ -122,7 +122,7 @@ def test_offsets_are_pixels_of_each_level() -> None:
             projection.bias.zero_()
     height, width = 3, 5
     value = torch.randn(1, height * width, 4)
-    output = attention(torch.randn(1, height * width, 4), value, [(height, width)])
+    output = attention(value, torch.randn(height * width, 4), [(height, width)])
     found, cells = output.view(height, width, 4), value.view(height, width, 4)
     torch.testing.assert_close(found[:, :-1], cells[:, 1:], rtol=1e-4, atol=1e-5)
     assert found[:, -1].abs().max() < 1e-5  # outside is zero

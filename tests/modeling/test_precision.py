@@ -36,12 +36,14 @@ def settings() -> list[Any]:
 
 @contextmanager
 def changed_settings() -> Iterator[None]:
-    """Puts PyTorch's settings for products of matrices back to what they are in a new process."""
+    """Puts PyTorch's settings for products of matrices back."""
+    backends: Any = torch.backends
+    libraries = (backends.cuda.matmul, backends.mkldnn.matmul) if HAS_NEWER_WORDS else ()
+    before = [library.fp32_precision for library in libraries]
     yield
     torch.set_float32_matmul_precision("highest")
-    if HAS_NEWER_WORDS:
-        backends: Any = torch.backends
-        backends.cuda.matmul.fp32_precision = backends.mkldnn.matmul.fp32_precision = "none"
+    for library, precision in zip(libraries, before, strict=True):
+        library.fp32_precision = precision
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,8 @@ def test_the_settings_of_each_mode() -> None:
 @pytest.mark.skipif(not HAS_NEWER_WORDS, reason="PyTorch before 2.9 has the older settings only")
 def test_settings_that_only_the_newer_words_can_say_are_put_back() -> None:
     matmul: Any = torch.backends.cuda.matmul
+    other: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = other.fp32_precision
     with changed_settings():
         matmul.fp32_precision = "tf32"
         with pytest.raises(RuntimeError, match="mix of the legacy and new"):
@@ -116,7 +120,7 @@ def test_settings_that_only_the_newer_words_can_say_are_put_back() -> None:
             assert matmul.fp32_precision == "ieee"
             assert torch.get_float32_matmul_precision() == "highest"
         assert matmul.fp32_precision == "tf32"
-        assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # type: ignore[attr-defined]
+        assert other.fp32_precision == before
 
 
 def test_settings_and_autocast_are_put_back_after_an_error() -> None:
@@ -241,7 +245,7 @@ def test_sampling_coordinates_have_more_than_the_digits_of_bfloat16() -> None:
     ramp = 64.0 * (torch.arange(16.0) - 12)
     value = ramp[:, None].expand(16, 4)[None].to(torch.bfloat16)  # (B, S, C)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        sampled = attention(torch.zeros(1, 16, 4), value, [(1, 16)])
+        sampled = attention(value, torch.zeros(16, 4), [(1, 16)])
     assert sampled.dtype == torch.bfloat16
     assert sampled[0, 3, 0].item() == pytest.approx(64 * 0.03, abs=0.02)  # column 3 reads at 12.03; bfloat16: at 12
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import ConvNorm, FrozenBatchNorm2d, make_norm
-from mask2former.ops import fused
+from mask2former.modeling.layers import ConvNorm, FrozenBatchNorm2d, make_norm, uses_batch_statistics
+from mask2former.ops import trained
 
 _BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _STAGES = ("res2", "res3", "res4", "res5")
@@ -77,7 +77,7 @@ class ResNet(nn.Module):
             Maps (B, C, ceil(H / stride), ceil(W / stride)) by name.
         """
         outputs = {}
-        if fused.fuses(x):
+        if trained.wants_channels_last(x) and not self._has_batch_statistics():
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         for name in _STAGES:
@@ -85,6 +85,10 @@ class ResNet(nn.Module):
             if name in self.out_channels:
                 outputs[name] = x
         return outputs
+
+    def _has_batch_statistics(self) -> bool:
+        """Whether there are normalisations of batches, whose convolutions are plain ones (`ConvNorm`)."""
+        return any(uses_batch_statistics(module) for module in self.modules())
 
     def _freeze(self, freeze_at: int) -> None:
         for name in ("stem", *_STAGES)[:freeze_at]:

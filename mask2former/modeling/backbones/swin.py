@@ -1,6 +1,6 @@
 """Swin transformer with the published state-dict names (Liu et al., 2021)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mask2former.modeling.layers import Conv2d, Linear, feed_forward
-from mask2former.ops import fused
+from mask2former.ops import attention, trained
 
 _STAGES = ("res2", "res3", "res4", "res5")
 
@@ -128,7 +128,7 @@ class SwinTransformer(nn.Module):
             if name in self.out_channels:
                 norm = getattr(self, f"norm{index}")
                 output = norm(x).permute(0, 3, 1, 2)  # (B, C, h, w)
-                outputs[name] = output if fused.fuses(output) else output.contiguous()
+                outputs[name] = output if trained.wants_channels_last(output) else output.contiguous()
             downsample = stage.downsample
             if isinstance(downsample, _PatchMerging):  # None in the last stage
                 x = downsample(x)
@@ -166,13 +166,19 @@ class _Stage(nn.Module):
         self.downsample = _PatchMerging(dim) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        region_differs = _shifted_window_mask(x.shape[1], x.shape[2], self.window_size, x.device)
+        region_differs = None
+        if not self._suits_kernels(x):
+            region_differs = _shifted_window_mask(x.shape[1], x.shape[2], self.window_size, x.device)
         for block in self.blocks:
             if self.use_checkpoint and self.training:
                 x = checkpoint(block, x, region_differs, use_reentrant=False)
             else:
                 x = block(x, region_differs)
         return x
+
+    def _suits_kernels(self, x: Tensor) -> bool:
+        drops = self.training and any(block.attn.attn_drop for block in self.blocks)  # type: ignore[union-attr]
+        return not drops and attention.has_kernels(x)
 
 
 class _Block(nn.Module):
@@ -199,16 +205,22 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = _MLP(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor, region_differs: Tensor) -> Tensor:
-        x = self._add(x, self.attn.project, self._attend(self.norm1(x), region_differs))
-        return self._add(x, self.mlp, self.norm2(x))
+    def forward(self, x: Tensor, region_differs: Tensor | None) -> Tensor:
+        branch = self._attend(x, region_differs)
+        if self.training:
+            x = x + self._drop(self.attn.project(branch))
+            return x + self._drop(self.mlp(x, norm=self.norm2))
+        x = self.attn.project(branch, x)
+        return self.mlp(x, x, norm=self.norm2)
 
-    def _add(self, x: Tensor, module: Callable[..., Tensor], branch: Tensor) -> Tensor:
-        """x plus what a module makes of a branch."""
-        return x + self._drop(module(branch)) if self.training else module(branch, x)
+    def _attend(self, x: Tensor, region_differs: Tensor | None) -> Tensor:
+        """Attention inside of the windows, not yet projected; padding is cut off before that.
 
-    def _attend(self, x: Tensor, region_differs: Tensor) -> Tensor:
-        """Attention inside of the windows, not yet projected; padding is cut off before that."""
+        Without the mask by the kernels, which make no windows.
+        """
+        if region_differs is None:
+            return self.attn.attend_map(x, self.norm1, self.window_size, self.shift)
+        x = self.norm1(x)
         B, H, W, C = x.shape
         side = self.window_size
         rows, cols = _windows_along(H, side), _windows_along(W, side)
@@ -277,6 +289,25 @@ class _WindowAttention(nn.Module):
         )
         return out.transpose(1, 2).reshape(B, windows, T, C)
 
+    def attend_map(self, x: Tensor, norm: nn.LayerNorm, side: int, shift: int) -> Tensor:
+        """The same for all windows of a map, which is not padded, shifted or cut for that; (B, H, W, C) to the same.
+
+        It is normalised first.
+        """
+        places = self.relative_position_index.flatten()  # (T * T)
+        bias = self.relative_position_bias_table.index_select(0, places).view(side**2, side**2, -1)  # (T, T, M)
+        bias = bias.to(x.dtype).permute(2, 0, 1)  # (M, T, T)
+        padding = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)  # kept in float16 by some exports
+        return attention.window_attention(
+            self.qkv(x, before=norm),
+            padding,
+            bias,
+            num_heads=self.num_heads,
+            side=side,
+            shift=shift,
+            scale=self.scale,
+        )
+
     def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What follows the attention, a token at a time: (…, C) -> (…, C), plus a residual if not training."""
         return self.proj_drop(self.proj(x, residual))
@@ -289,11 +320,11 @@ class _MLP(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(…, C) -> (…, C), plus a residual if not training."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, norm: nn.LayerNorm) -> Tensor:
+        """Of what is normalised first; (…, C) -> (…, C), plus a residual if not training."""
         if not self.training or self.drop.p == 0:
-            return feed_forward(self.fc1, self.fc2, x, residual)
-        return self.drop(self.fc2(self.drop(self.fc1(x))))
+            return feed_forward(self.fc1, self.fc2, x, residual, before=norm)
+        return self.drop(self.fc2(self.drop(self.fc1(norm(x)))))
 
 
 class _PatchMerging(nn.Module):

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from mask2former.modeling.layers import (
 )
 from mask2former.modeling.position_encoding import sine_position_encoding
 from mask2former.modeling.structures import PixelFeatures
-from mask2former.ops import ms_deform_attn_fused
+from mask2former.ops import fused, ms_deform_attn_fused
 
 _NUM_OUTPUT_LEVELS = 3
 
@@ -140,9 +139,8 @@ class DeformablePixelDecoder(nn.Module):
             levels = self.transformer(maps)
             finest = levels[-1]
             for number, name in reversed(list(enumerate(self._fpn_inputs, 1))):
-                lateral = self._own_type(getattr(self, f"adapter_{number}")(self._own_type(features[name])))
-                upsampled = F.interpolate(finest, lateral.shape[-2:], mode="bilinear", align_corners=False)
-                finest = self._own_type(getattr(self, f"layer_{number}")(lateral + self._own_type(upsampled)))
+                merged = getattr(self, f"adapter_{number}")(self._own_type(features[name]), coarse=finest)
+                finest = self._own_type(getattr(self, f"layer_{number}")(self._own_type(merged)))
                 levels.append(finest)
             return PixelFeatures(self.mask_features(finest), levels[:_NUM_OUTPUT_LEVELS])
 
@@ -228,19 +226,12 @@ class _EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         dtype = tokens.dtype  # on some devices autocast gives float32 for normalisations
-        tokens = self.norm1(self._add(tokens, self.self_attn, tokens + position, tokens, shapes)).to(dtype)
-        return self.norm2(self._feed_forward(tokens)).to(dtype)
-
-    def _feed_forward(self, tokens: Tensor) -> Tensor:
-        """Tokens plus their FFN."""
-        if not self.training or self.dropout.p == 0:
-            return feed_forward(self.linear1, self.linear2, tokens, residual=tokens)
-        hidden = self.dropout(self.linear1(tokens))
-        return self._add(tokens, self.linear2, hidden)
-
-    def _add(self, tokens: Tensor, module: nn.Module, *inputs: Any) -> Tensor:
-        """Tokens plus what a module makes of its inputs, part of which is dropped in training."""
-        return tokens + self.dropout(module(*inputs)) if self.training else module(*inputs, residual=tokens)
+        if self.training and self.dropout.p > 0:
+            tokens = self.norm1(tokens + self.dropout(self.self_attn(tokens, position, shapes))).to(dtype)
+            hidden = self.dropout(self.linear1(tokens))
+            return self.norm2(tokens + self.dropout(self.linear2(hidden))).to(dtype)
+        tokens = self.self_attn(tokens, position, shapes, residual=tokens, norm=self.norm1).to(dtype)
+        return feed_forward(self.linear1, self.linear2, tokens, residual=tokens, after=self.norm2).to(dtype)
 
 
 class MSDeformAttn(nn.Module):
@@ -271,26 +262,40 @@ class MSDeformAttn(nn.Module):
             self.sampling_offsets.bias.copy_(_initial_offsets(num_heads, num_levels, num_points).flatten())
 
     def forward(
-        self, query: Tensor, value: Tensor, shapes: list[tuple[int, int]], residual: Tensor | None = None
+        self,
+        value: Tensor,
+        position: Tensor,
+        shapes: list[tuple[int, int]],
+        residual: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
     ) -> Tensor:
         """Attend from every cell of every level.
 
         Args:
-            query: (B, S, C), a query a cell.
             value: (B, S, C).
+            position: (S, C); the queries are the values plus their positions.
             shapes: (h, w) of each level.
             residual: (B, S, C), added to the result.
+            norm: normalises the sum.
 
         Returns:
             (B, S, C).
         """
-        B, S, _ = query.shape
+        B, S, _ = value.shape
         M, L, P = self.num_heads, self.num_levels, self.num_points
-        values = self.value_proj(value).view(B, S, M, -1)
-        with without_autocast(query.device):  # bfloat16 has steps of 1/16 pixel from 8 pixels on
-            offsets_px = self.sampling_offsets(at_least_float32(query)).view(B, S, M, L, P, 2)
-        logits = self.attention_weights(query).view(B, S, M, L, P)
-        return self.output_proj(ms_deform_attn_fused(values, shapes, offsets_px, logits), residual)
+        values = self._values(value)
+        query, added = (value, position) if fused.fuses(value) else (value + position, None)
+        with without_autocast(value.device):  # bfloat16 has steps of 1/16 pixel from 8 pixels on
+            offsets_px = self.sampling_offsets(at_least_float32(query), added=added).view(B, S, M, L, P, 2)
+        logits = self.attention_weights(query, added=added).view(B, S, M, L, P)
+        sampled = ms_deform_attn_fused(values, shapes, offsets_px, logits)
+        return self.output_proj(sampled, residual, after=norm)
+
+    def _values(self, value: Tensor) -> Tensor:
+        """(B, S, M, D)."""
+        if fused.fuses(value):
+            return fused.heads_first(value, self.value_proj.weight, self.value_proj.bias, self.num_heads)
+        return self.value_proj(value).unflatten(-1, (self.num_heads, -1))
 
 
 def _input_projection(in_channels: int, out_channels: int) -> nn.Sequential:

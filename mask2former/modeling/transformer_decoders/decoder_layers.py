@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import MLP, Attention, at_least_float32
+from mask2former.modeling.layers import MLP, Attention, Linear, at_least_float32
 
 _LEAST_WIDTH = 0.01  # of a Gaussian, as a part of the map: keeps its logarithm finite in float16
 _FIRST_WIDTH = 0.5
@@ -126,14 +126,14 @@ class FFNLayer(_ResidualStep):
 
     def __init__(self, *, dim: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
         super().__init__(dropout, pre_norm)
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.linear1 = Linear(dim, dim_feedforward, activation="relu")
+        self.linear2 = Linear(dim_feedforward, dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor) -> Tensor:
-        hidden = self.dropout(F.relu(self.linear1(self._before(queries))))
+        hidden = self.dropout(self.linear1(self._before(queries)))
         return self._after(queries, self.linear2(hidden))
 
 

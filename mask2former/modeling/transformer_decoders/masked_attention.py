@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mask2former.modeling.layers import MLP, Conv2d, fill_conv_xavier
+from mask2former.modeling.layers import MLP, Conv2d, Linear, fill_conv_xavier
 from mask2former.modeling.position_encoding import sine_position_encoding
 from mask2former.modeling.structures import MaskPrediction, PixelFeatures, QueryPrediction
 from mask2former.modeling.transformer_decoders.decoder_layers import (
@@ -18,6 +18,7 @@ from mask2former.modeling.transformer_decoders.decoder_layers import (
     SpatialAttentionLayer,
     cell_centres,
 )
+from mask2former.ops import fused
 
 CROSS_ATTENTIONS = ("masked", "plain", "smca", "mask_pooling")
 FEATURE_SCALES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -127,7 +128,7 @@ class MaskedAttentionDecoder(nn.Module):
         self.input_proj = nn.ModuleList(
             _projection(in_channels, hidden_dim) if needs_projection else nn.Identity() for _ in self._levels
         )
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.class_embed = Linear(hidden_dim, num_classes + 1)
         self.mask_embed = MLP(in_dim=hidden_dim, hidden_dim=hidden_dim, out_dim=mask_dim, num_layers=3)
 
     @overload
@@ -279,6 +280,6 @@ def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 def _blocked_positions(mask_embedding: Tensor, level_features: Tensor) -> Tensor:
     """(B, Q, S) bool: where the mask logit is negative, and nowhere for a query whose mask is empty."""
-    logits = torch.einsum("bqc,bchw->bqhw", mask_embedding, level_features).flatten(2)  # (B, Q, S)
+    logits = fused.product(mask_embedding, level_features).flatten(2)  # (B, Q, S)
     blocked = logits < 0
     return blocked & ~blocked.all(-1, keepdim=True)
