@@ -52,9 +52,9 @@ LINT = echo "== style: ruff" && "$$python" -m ruff check . && echo "== types: my
 # Built where there is a compiler, and again only when something has changed.
 KERNELS = echo "== kernels" && "$$python" .ci/build_kernels.py
 
-# The last lines say what was skipped and why.
+# In as many processes as there are cores, each of which computes with one thread. The last lines say what was skipped and why.
 PYTEST = echo "== tests: pytest" && \
-	{ "$$python" -m pytest -q -m "$(1)"; code=$$?; "$$python" .ci/environment.py --detectron2; exit $$code; }
+	{ "$$python" -m pytest -q -m "$(1)" --numprocesses auto --maxprocesses 8 --dist worksteal; code=$$?; "$$python" .ci/environment.py --detectron2; exit $$code; }
 
 clean:
 	rm -f mask2former/_C.*.so mask2former/ops/_build_record.txt

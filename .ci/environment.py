@@ -28,7 +28,7 @@ VENV = ROOT / ".venv"
 MINIMUM_PYTHON = (3, 10)
 
 # Packages whose module has another name; OpenCV may come from any of its packages.
-_MODULES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
+_MODULES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "pytest-xdist": "xdist"}
 # Runs in the other interpreter; real imports, because a package may be there and lack a system library.
 _PROBE = """
 import importlib, importlib.metadata, json, sys
