@@ -165,7 +165,8 @@ def product(left: Tensor, maps: Tensor) -> Tensor:
     few = left.shape[1] <= _FEW_ROWS
     if _fuse(left, maps) and few and _use_kernels(left) and maps.is_contiguous(memory_format=torch.channels_last):
         pixels = maps.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
-        out = torch.stack([_own_linear(x, y, None) for x, y in zip(left, pixels, strict=True)])
+        parts = [_own_linear(x, y, None) for x, y in zip(left, pixels, strict=True)]  # each (Q, H*W)
+        out = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         return out.unflatten(2, maps.shape[2:])
     return torch.einsum("bqc,bchw->bqhw", left, maps)
 

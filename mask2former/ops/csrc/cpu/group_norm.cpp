@@ -5,7 +5,9 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../products.h"
 #include "group_norm.h"
@@ -82,8 +84,8 @@ void group_norm_cpu_(at::Tensor& x, int64_t groups, const at::Tensor& weight_, c
       }
     }
   }
-  const cpu::Maps added = coarse.has_value() ? cpu::Maps{coarse->const_data_ptr<float>(), coarse->size(2), coarse->size(3)}
-                                             : cpu::Maps{};
+  cpu::Maps added = {};
+  if (coarse.has_value()) added = {coarse->const_data_ptr<float>(), coarse->size(2), coarse->size(3)};
   const cpu::MapRows problem = {numbers, x.size(2), x.size(3), C, scale, shift, added, relu};
   share<float>(B * x.size(2), 1 + kPixels / x.size(3), 0,
                [&](int64_t begin, int64_t end, float*) { kernels().map_rows(problem, begin, end); });
