@@ -6,6 +6,13 @@
 // are copied into scratch memory, which makes rows of any place dense and keeps them in the second cache. A row's sums
 // are added up in one order, wherever the row is.
 
+#if defined(__clang__)
+#define MASK2FORMER_SHUFFLE_EIGHT(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Mask2formerShuffleEight __attribute__((vector_size(32)));
+#define MASK2FORMER_SHUFFLE_EIGHT(a, b, ...) __builtin_shuffle(a, b, Mask2formerShuffleEight{__VA_ARGS__})
+#endif
+
 namespace mask2former::cpu {
 namespace {
 
@@ -36,17 +43,17 @@ inline void transpose(F* x) {
   static_assert(kLanes == 8);
   F pairs[8], fours[8];
   for (int i = 0; i < 8; i += 2) {
-    pairs[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-    pairs[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    pairs[i] = MASK2FORMER_SHUFFLE_EIGHT(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    pairs[i + 1] = MASK2FORMER_SHUFFLE_EIGHT(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
   }
   for (int i = 0; i < 8; i += 4)
     for (int j = i; j < i + 2; ++j) {
-      fours[j] = __builtin_shufflevector(pairs[j], pairs[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      fours[j + 2] = __builtin_shufflevector(pairs[j], pairs[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      fours[j] = MASK2FORMER_SHUFFLE_EIGHT(pairs[j], pairs[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[j + 2] = MASK2FORMER_SHUFFLE_EIGHT(pairs[j], pairs[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
   for (int j = 0; j < 4; ++j) {
-    x[j] = __builtin_shufflevector(fours[j], fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    x[j + 4] = __builtin_shufflevector(fours[j], fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    x[j] = MASK2FORMER_SHUFFLE_EIGHT(fours[j], fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    x[j + 4] = MASK2FORMER_SHUFFLE_EIGHT(fours[j], fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 
