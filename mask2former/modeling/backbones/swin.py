@@ -150,7 +150,8 @@ class _PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim) if use_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
+        height, width = (_windows_along(length, self.patch_size) * self.patch_size for length in x.shape[2:])
+        x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
         x = self.proj(x).permute(0, 2, 3, 1)  # (B, h, w, C)
         return x if self.norm is None else self.norm(x)
 
