@@ -87,14 +87,7 @@ class Conv2d(nn.Conv2d):
     """A convolution without dilation and groups, by `mask2former.ops.fused`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _convolution(self, x)
-
-
-def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    place = _place(conv)
-    if trained.convolves(x, conv.weight, **place):
-        return trained.convolution(x, conv.weight, conv.bias, **place)
-    return fused.convolution(x, conv.weight, conv.bias, **place)
+        return trained.convolution(x, self.weight, self.bias, **_place(self))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -143,7 +136,7 @@ class ConvNorm(nn.Conv2d):
             # statistics of few pixels make rounding larger, and the kernels round more
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         else:
-            x = _convolution(self, x)
+            x = trained.convolution(x, self.weight, self.bias, **_place(self))
         if isinstance(norm, nn.GroupNorm) and residual is None and fused.fuses(x):
             relu = self._activation is F.relu_
             x = fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, coarse=coarse, relu=relu)

@@ -68,6 +68,14 @@ def kernel_applies(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" or (bool(extension.archs) and _device_is_covered(device.index))
 
 
+def has_kernels(kind: str, *operators: str) -> bool:
+    """Whether the processor runs the extension's kernels of a kind, with operators that an earlier version may lack."""
+    names = (f"has_{kind}_kernels", *operators)
+    if extension.module is None or not all(hasattr(torch.ops.mask2former, name) for name in names):
+        return False
+    return bool(getattr(torch.ops.mask2former, names[0])())
+
+
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Use the PyTorch reference inside, to compare; not for several threads."""

@@ -14,12 +14,7 @@ from torch import Tensor
 from mask2former.ops import _extension, fused
 
 _kernels: Any = torch.ops.mask2former
-# An extension built from an earlier version of the sources lacks these operators.
-_has_kernels = (
-    _extension.extension.module is not None
-    and hasattr(_kernels, "has_attention_kernels")
-    and bool(_kernels.has_attention_kernels())
-)
+_has_kernels = _extension.has_kernels("attention")
 
 
 def has_kernels(x: Tensor) -> bool:

@@ -38,12 +38,7 @@ _has_operators = (
 )
 
 _kernels: Any = torch.ops.mask2former
-# An extension built from an earlier version of the sources lacks these operators.
-_has_kernels = (
-    _extension.extension.module is not None
-    and hasattr(_kernels, "group_norm_")
-    and bool(_kernels.has_product_kernels())
-)
+_has_kernels = _extension.has_kernels("product", "group_norm_")
 
 
 def fuses(x: Tensor) -> bool:

@@ -84,12 +84,7 @@ def largest_reference(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _kernels: Any = torch.ops.mask2former
-# An extension built from an earlier version of the sources lacks these operators.
-_has_kernels = (
-    _extension.extension.module is not None
-    and hasattr(_kernels, "has_pixel_kernels")
-    and bool(_kernels.has_pixel_kernels())
-)
+_has_kernels = _extension.has_kernels("pixel")
 
 
 def _use_kernel(x: Tensor) -> bool:

@@ -57,10 +57,10 @@ def convolution(
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
 ) -> Tensor:
-    """A convolution: (B, C_in, H, W), (C_out, C_in, h, w), (C_out,) -> (B, C_out, H', W')."""
+    """A convolution: (B, C_in, H, W), (C_out, C_in, h, w), (C_out,) -> (B, C_out, H', W'); in inference `fused`'s."""
     if convolves(x, weight, stride, padding):
         return _Convolution.apply(x, weight, bias, padding)
-    return F.conv2d(x, weight, bias, stride, padding)
+    return fused.convolution(x, weight, bias, stride=stride, padding=padding)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -279,8 +279,7 @@ class _WindowAttention(nn.Module):
         B, windows, T, C = x.shape
         qkv = self.qkv(x).view(B * windows, T, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B*windows, M, T, C/M)
-        bias = self.relative_position_bias_table[self.relative_position_index]  # (T, T, M)
-        bias = bias.permute(2, 0, 1).unsqueeze(0)  # (1, M, T, T)
+        bias = self._position_bias().unsqueeze(0)  # (1, M, T, T)
         if region_differs is not None:
             bias = bias - 100.0 * region_differs.unsqueeze(1).to(bias.dtype)  # (windows, M, T, T)
             bias = bias.expand(B, windows, -1, T, T).flatten(0, 1)  # (B*windows, M, T, T)
@@ -295,19 +294,20 @@ class _WindowAttention(nn.Module):
 
         It is normalised first.
         """
-        places = self.relative_position_index.flatten()  # (T * T)
-        bias = self.relative_position_bias_table.index_select(0, places).view(side**2, side**2, -1)  # (T, T, M)
-        bias = bias.to(x.dtype).permute(2, 0, 1)  # (M, T, T)
         padding = None if self.qkv.bias is None else self.qkv.bias.to(x.dtype)  # kept in float16 by some exports
         return attention.window_attention(
             self.qkv(x, before=norm),
             padding,
-            bias,
+            self._position_bias().to(x.dtype),
             num_heads=self.num_heads,
             side=side,
             shift=shift,
             scale=self.scale,
         )
+
+    def _position_bias(self) -> Tensor:
+        """(M, T, T)."""
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
 
     def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What follows the attention, a token at a time: (…, C) -> (…, C), plus a residual if not training."""

@@ -1,15 +1,14 @@
 // Tensors in, tensors out; the arithmetic is in attention_kernel.h.
 #include "../attention.h"
 
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
-#include <string>
 
 #include "attention.h"
+#include "processor.h"
 #include "share.h"
 
 namespace mask2former {
@@ -25,7 +24,7 @@ constexpr int64_t kMostHeads = 12;     // of windows, a piece of work; each asks
 AttentionKernels choose_kernels() {
   TORCH_CHECK(has_attention_kernels(), "this processor has no kernels of attention");
 #if defined(__x86_64__)
-  return at::get_cpu_capability() == "AVX512" ? cpu::attention_kernels_avx512() : cpu::attention_kernels_avx2();
+  return capability() == "AVX512" ? cpu::attention_kernels_avx512() : cpu::attention_kernels_avx2();
 #else
   return {};
 #endif
@@ -50,14 +49,7 @@ AttentionRows rows_of(const at::Tensor& tensor, at::Tensor& kept) {
 
 }  // namespace
 
-bool has_attention_kernels() {
-#if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  return capability == "AVX2" || capability == "AVX512";
-#else
-  return false;
-#endif
-}
+bool has_attention_kernels() { return has_wide_vectors(); }
 
 at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, int64_t num_heads,
                          const std::optional<at::Tensor>& blocked) {

@@ -1,16 +1,15 @@
 // Tensors in, tensors out; the arithmetic is in matching_kernel.h.
 #include "matching.h"
 
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "../points.h"
+#include "processor.h"
 #include "share.h"
 
 namespace mask2former {
@@ -22,9 +21,8 @@ constexpr int64_t kGroupRows = 96;  // whose embeddings and sums stay in the cac
 
 MatchingKernels choose_kernels() {
 #if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return cpu::matching_kernels_avx512();
-  if (capability == "AVX2") return cpu::matching_kernels_avx2();
+  if (capability() == "AVX512") return cpu::matching_kernels_avx512();
+  if (capability() == "AVX2") return cpu::matching_kernels_avx2();
 #endif
   return cpu::matching_kernels_default();
 }

@@ -2,17 +2,16 @@
 #include "../ms_deform_attn.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <cstring>
-#include <string>
 #include <vector>
 
 #include "problem.h"
+#include "processor.h"
 #include "share.h"
 
 namespace mask2former {
@@ -34,10 +33,9 @@ struct Stored<at::BFloat16> {
 template <typename T>
 Kernels<T> choose_kernels(int64_t channels) {
 #if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
   const int64_t lanes = 64 / static_cast<int64_t>(sizeof(typename cpu::SumType<T>::type));
-  if (capability == "AVX512" && channels % lanes == 0) return cpu::kernels_avx512<T>();
-  if (capability == "AVX512" || capability == "AVX2") return cpu::kernels_avx2<T>();
+  if (capability() == "AVX512" && channels % lanes == 0) return cpu::kernels_avx512<T>();
+  if (capability() == "AVX512" || capability() == "AVX2") return cpu::kernels_avx2<T>();
 #endif
   return cpu::kernels_default<T>();
 }

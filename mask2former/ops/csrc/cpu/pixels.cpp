@@ -1,14 +1,13 @@
 // Tensors in, tensors out; the arithmetic is in pixels_kernel.h.
 #include "../pixels.h"
 
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <array>
-#include <string>
 
 #include "pixels.h"
+#include "processor.h"
 #include "share.h"
 
 namespace mask2former {
@@ -23,7 +22,7 @@ constexpr int64_t kPixelsAtLeast = 4096;  // of a thread
 PixelKernels choose_kernels() {
   TORCH_CHECK(has_pixel_kernels(), "this processor has no kernels of pixels");
 #if defined(__x86_64__)
-  return at::get_cpu_capability() == "AVX512" ? cpu::pixel_kernels_avx512() : cpu::pixel_kernels_avx2();
+  return capability() == "AVX512" ? cpu::pixel_kernels_avx512() : cpu::pixel_kernels_avx2();
 #else
   return {};
 #endif
@@ -64,14 +63,7 @@ struct Places {
 
 }  // namespace
 
-bool has_pixel_kernels() {
-#if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  return capability == "AVX2" || capability == "AVX512";
-#else
-  return false;
-#endif
-}
+bool has_pixel_kernels() { return has_wide_vectors(); }
 
 at::Tensor blend_cpu(const at::Tensor& maps, at::TensorList columns, at::TensorList rows, int64_t width) {
   TORCH_CHECK_VALUE(maps.dim() == 3 && maps.scalar_type() == at::kFloat, "maps must be (N, h, w) float32, got ",

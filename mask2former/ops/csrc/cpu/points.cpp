@@ -1,16 +1,15 @@
 // Tensors in, tensors out; the arithmetic is in points_kernel.h.
 #include "../points.h"
 
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "points.h"
+#include "processor.h"
 #include "share.h"
 
 namespace mask2former {
@@ -21,9 +20,8 @@ using cpu::PointRow;
 
 PointKernels choose_kernels() {
 #if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return cpu::point_kernels_avx512();
-  if (capability == "AVX2") return cpu::point_kernels_avx2();
+  if (capability() == "AVX512") return cpu::point_kernels_avx512();
+  if (capability() == "AVX2") return cpu::point_kernels_avx2();
 #endif
   return cpu::point_kernels_default();
 }

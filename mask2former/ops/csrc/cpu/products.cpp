@@ -1,14 +1,13 @@
 // Tensors in, tensors out; the arithmetic is in products_kernel.h.
 #include "../products.h"
 
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
-#include <string>
 #include <vector>
 
 #include "products.h"
+#include "processor.h"
 #include "share.h"
 
 namespace mask2former {
@@ -150,13 +149,7 @@ struct Result {
 
 }  // namespace
 
-bool has_product_kernels() {
-#if defined(__x86_64__)
-  return at::get_cpu_capability() == "AVX2";
-#else
-  return false;
-#endif
-}
+bool has_product_kernels() { return capability() == "AVX2"; }
 
 at::Tensor linear_cpu(const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const Optional& residual,
                       int64_t activation, const Optional& added, at::TensorList norm_before, double eps_before,
