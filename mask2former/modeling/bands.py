@@ -98,11 +98,19 @@ class BandResizer:
             Which maps, and (n, number of rows, kept width) float32, which the caller may change.
         """
         step = max(1, self._pixels // ((rows.stop - rows.start) * self._pixels_per_row))
-        source = self.source_rows(rows)
         for start in range(0, len(maps), step):
             chunk = slice(start, min(start + step, len(maps)))
-            # copied, as without any resize the caller would get, and might change, the maps themselves
-            yield chunk, self(maps[chunk, source].to(torch.float32, copy=True), rows)
+            yield chunk, self.band(maps[chunk], rows)
+
+    def band(self, maps: Tensor, rows: slice) -> Tensor:
+        """Some rows of the result: (N, number of rows, kept width) float32, which the caller may change.
+
+        Args:
+            maps: (N, h, w), whole.
+            rows: of the result.
+        """
+        # copied, as without any resize the caller would get, and might change, the maps themselves
+        return self(maps[:, self.source_rows(rows)].to(torch.float32, copy=True), rows)
 
 
 @dataclass(frozen=True)

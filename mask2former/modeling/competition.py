@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mask2former.modeling.bands import MaskGeometry
-from mask2former.modeling.mask_measures import areas_of
-from mask2former.ops.pixels import largest
+from mask2former.ops.pixels import areas_of, largest
 
 
 def competition(

@@ -2,7 +2,8 @@
 
 Pure functions of one image's prediction. Queries are chosen before masks are enlarged, and enlarged in bands of rows
 and a few at a time, so that besides the result only a bounded number of pixels is in memory, however large the picture
-is and however many queries there are. Bands change nothing but the rounding of sums (docs/huge_images.md).
+is and however many queries there are; semantic segmentation takes all queries of a band. Bands change nothing but the
+rounding of sums (docs/huge_images.md).
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from mask2former.modeling.layers import to_device
 from mask2former.modeling.mask_measures import masks_to_boxes, measure_masks
 from mask2former.modeling.matrix_nms import matrix_nms_decay
 from mask2former.modeling.structures import MaskPrediction
-from mask2former.ops.pixels import largest
+from mask2former.ops.pixels import class_labels, class_scores, largest
 
 __all__ = [
     "CompactInstances",
@@ -138,7 +139,7 @@ def semantic_segmentation(
     is_per_pixel = MaskPrediction(class_logits, mask_logits).is_per_pixel
     num_classes = len(mask_logits) if is_per_pixel else class_logits.shape[1] - 1
     scores = mask_logits.new_empty(num_classes, *geometry.output_size, dtype=torch.float32)
-    for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first):
+    for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first, as_labels=False):
         scores[:, rows] = band
     return scores
 
@@ -156,8 +157,8 @@ def semantic_labels(
         (*output_size) int32, the arg-max of `semantic_segmentation`.
     """
     labels = torch.empty(geometry.output_size, dtype=torch.int32, device=mask_logits.device)
-    for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first):
-        labels[rows] = largest(band)[1]
+    for rows, band in _semantic_bands(class_logits, mask_logits, geometry, resize_first, as_labels=True):
+        labels[rows] = band
     return labels
 
 
@@ -343,24 +344,27 @@ def _final_scores(
 
 
 def _semantic_bands(
-    class_logits: Tensor, mask_logits: Tensor, geometry: MaskGeometry, resize_first: bool
+    class_logits: Tensor, mask_logits: Tensor, geometry: MaskGeometry, resize_first: bool, *, as_labels: bool
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the result, and their scores (K, number of rows, W)."""
+    """Rows of the result, and their scores (K, number of rows, W) or labels (number of rows, W)."""
     if MaskPrediction(class_logits, mask_logits).is_per_pixel:
         pixels = geometry.bands(mask_logits)
         for rows in pixels.bands(len(mask_logits)):
-            yield rows, pixels(mask_logits[:, pixels.source_rows(rows)].float(), rows).softmax(0)
+            scores = pixels.band(mask_logits, rows).softmax(0)
+            yield rows, largest(scores)[1] if as_labels else scores
         return
     probability = class_logits.float().softmax(-1)[:, :-1]  # (Q, K)
-    resizer, last = (geometry.bands(mask_logits), None) if resize_first else geometry.canvas_bands(mask_logits)
-    for rows in (last or resizer).bands(max(probability.shape)):
-        wanted = rows if last is None else last.source_rows(rows)
-        size = (wanted.stop - wanted.start, resizer.size[1])
-        scores = mask_logits.new_zeros(probability.shape[1], size[0] * size[1], dtype=torch.float32)
-        for chunk, logits in resizer.chunks(mask_logits, wanted):
-            scores.addmm_(probability[chunk].t(), logits.sigmoid_().flatten(1))
-        band = scores.unflatten(1, size)  # (K, R, W)
-        yield rows, band if last is None else last(band, rows)
+    if resize_first:
+        resizer = geometry.bands(mask_logits)
+        for rows in resizer.bands(max(probability.shape)):
+            logits = resizer.band(mask_logits, rows)
+            yield rows, class_labels(logits, probability) if as_labels else class_scores(logits, probability)
+        return
+    to_canvas, from_canvas = geometry.canvas_bands(mask_logits)
+    for rows in from_canvas.bands(max(probability.shape)):
+        logits = to_canvas.band(mask_logits, from_canvas.source_rows(rows))
+        scores = from_canvas(class_scores(logits, probability), rows)
+        yield rows, largest(scores)[1] if as_labels else scores
 
 
 def _build_segments(

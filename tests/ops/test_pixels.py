@@ -1,4 +1,4 @@
-"""The compiled kernels of post-processing against their references, bit by bit."""
+"""The compiled kernels of post-processing against their references: bit by bit where no sums round, else float64."""
 
 import pytest
 import torch
@@ -48,6 +48,70 @@ def test_largest_of_what_is_not_a_number() -> None:
     found, expected = pixels.largest(scores), pixels.largest_reference(scores)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found[1], expected[1])
+
+
+# classes and pixels that fill no tile, one and no query
+CLASS_SIZES = [(100, 133, 8, 75), (1, 1, 1, 1), (7, 6, 3, 64), (20, 19, 5, 13), (3, 13, 1, 4097), (0, 2, 3, 4)]
+
+
+def class_case(Q: int, K: int, R: int, W: int) -> tuple[Tensor, Tensor]:
+    """Logits in rows that are apart, many of them large, and probabilities."""
+    return (torch.randn(Q, R + 2, W) * 20)[:, 1:-1], torch.rand(Q, K + 1).softmax(-1)[:, :-1]
+
+
+@pytest.mark.parametrize("sizes", CLASS_SIZES)
+def test_class_scores(sizes: tuple[int, int, int, int]) -> None:
+    logits, probability = class_case(*sizes)
+    kept = logits.clone()
+    found = pixels.class_scores(logits, probability)
+    assert torch.equal(logits, kept)
+    expected = torch.einsum("qk,qrw->krw", probability.double(), logits.double().sigmoid())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    reference = pixels.class_scores_reference(logits.clone(), probability)
+    torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", CLASS_SIZES)
+def test_class_labels_are_those_of_the_scores(sizes: tuple[int, int, int, int]) -> None:
+    logits, probability = class_case(*sizes)
+    labels = pixels.class_labels(logits, probability)
+    assert labels.dtype == torch.int32
+    assert torch.equal(labels.long(), pixels.largest(pixels.class_scores(logits, probability))[1])
+
+
+def test_the_first_of_equal_classes_and_what_is_not_a_number() -> None:
+    logits, probability = class_case(5, 8, 4, 30)
+    logits = logits.contiguous()
+    probability = torch.cat([probability, probability], dim=1)
+    assert pixels.class_labels(logits, probability).max() < 8
+    logits[2, 1, 7] = torch.nan
+    logits[3, 2, 29], logits[4, 0, 0] = torch.inf, -torch.inf
+    scores = pixels.class_scores(logits, probability)
+    expected = pixels.class_scores_reference(logits.clone(), probability)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert scores.isnan().sum() == 16
+    assert pixels.class_labels(logits, probability)[1, 7] == 15
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 40), (1, 1, 1), (20, 8, 133), (2, 7, 8), (0, 3, 4)])
+def test_inside(shape: tuple[int, int, int]) -> None:
+    logits = torch.randn(shape) * 5
+    logits[:1] = -1  # empty
+    logits[1:2, :, 1:] = 0  # zero is not inside
+    found, expected = pixels.inside(logits), pixels.inside_reference(logits.clone())
+    for name in ("masks", "in_column", "in_row", "areas"):
+        part, expected_part = getattr(found, name), getattr(expected, name)
+        assert part.dtype == expected_part.dtype
+        assert torch.equal(part, expected_part), name
+    sums = torch.where(logits > 0, logits.double().sigmoid(), 0).flatten(1).sum(1)
+    torch.testing.assert_close(found.sums.double(), sums, rtol=1e-6, atol=0)
+
+
+def test_scores_of_other_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="logits must have as many rows as probability"):
+        pixels.class_scores(torch.rand(3, 4, 5), torch.rand(2, 6))
+    with pytest.raises(ValueError, match="logits and probability must be"):
+        pixels.class_scores(torch.rand(3, 4, 5), torch.rand(3, 6).double())
 
 
 def test_when_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ TORCH_LIBRARY(mask2former, m) {
   m.def("has_pixel_kernels() -> bool", &has_pixel_kernels);
   m.def("blend(Tensor maps, Tensor[] columns, Tensor[] rows, int width) -> Tensor");
   m.def("largest(Tensor scores) -> (Tensor, Tensor)");
+  m.def("class_scores(Tensor logits, Tensor probability, bool labels) -> Tensor");
+  m.def("inside(Tensor logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("has_product_kernels() -> bool", &has_product_kernels);
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, Tensor? added, "
@@ -136,6 +138,8 @@ TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("sigmoid_and_softplus_sum", &sigmoid_and_softplus_sum_cpu);
   m.impl("blend", &blend_cpu);
   m.impl("largest", &largest_cpu);
+  m.impl("class_scores", &class_scores_cpu);
+  m.impl("inside", &inside_cpu);
   m.impl("linear", &linear_cpu);
   m.impl("feed_forward", &feed_forward_cpu);
   m.impl("convolution", &convolution_cpu);

@@ -13,5 +13,7 @@ bool has_pixel_kernels();
 // Each axis is (first, second) int64 and (first weight, second weight) float32, or empty lists.
 at::Tensor blend_cpu(const at::Tensor& maps, at::TensorList columns, at::TensorList rows, int64_t width);
 std::tuple<at::Tensor, at::Tensor> largest_cpu(const at::Tensor& scores);
+at::Tensor class_scores_cpu(const at::Tensor& logits, const at::Tensor& probability, bool labels);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inside_cpu(const at::Tensor& logits);
 
 }  // namespace mask2former

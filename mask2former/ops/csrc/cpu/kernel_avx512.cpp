@@ -19,6 +19,7 @@
 #define MASK2FORMER_ATTENTION_KERNELS attention_kernels_avx512
 #include "kernel.h"
 #include "points_kernel.h"
+#include "tile_kernel.h"
 #include "pixels_kernel.h"
 #include "matching_kernel.h"
 #include "attention_kernel.h"

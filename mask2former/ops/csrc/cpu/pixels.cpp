@@ -2,8 +2,10 @@
 #include "../pixels.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 
 #include "pixels.h"
@@ -17,6 +19,7 @@ using cpu::Axis;
 using cpu::PixelKernels;
 
 constexpr int64_t kPixelsAtLeast = 4096;  // of a thread
+constexpr int64_t kClassTasks = 16;       // a piece of work
 
 // Without fused multiply-add instructions they would be slow.
 PixelKernels choose_kernels() {
@@ -96,6 +99,53 @@ std::tuple<at::Tensor, at::Tensor> largest_cpu(const at::Tensor& scores_) {
     kernels.largest(from, scores.size(0), scores.stride(0), begin, end, value, place);
   });
   return {values, places};
+}
+
+at::Tensor class_scores_cpu(const at::Tensor& logits_, const at::Tensor& probability, bool labels) {
+  for (const at::Tensor* x : {&logits_, &probability})
+    TORCH_CHECK_VALUE(x->dim() == 2 && x->scalar_type() == at::kFloat && x->device().is_cpu(),
+                      "logits and probability must be (Q, P) and (Q, K) float32 on the CPU, got ", x->sizes(), " ",
+                      x->scalar_type(), " on ", x->device());
+  const int64_t Q = probability.size(0), K = probability.size(1), pixels = logits_.size(1);
+  TORCH_CHECK_VALUE(logits_.size(0) == Q && K > 0, "logits must have as many rows as probability, which must have a ",
+                    "column, got ", logits_.sizes(), " and ", probability.sizes());
+  const at::Tensor logits = logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
+  const int64_t rows = (K + cpu::kClassRows - 1) / cpu::kClassRows * cpu::kClassRows;
+  const at::Tensor weights = at::zeros({rows, Q}, logits.options());
+  weights.narrow(0, 0, K).copy_(probability.t());
+  at::Tensor out = labels ? at::empty({pixels}, logits.options().dtype(at::kInt))
+                          : at::empty({K, pixels}, logits.options());
+  const cpu::ClassScores problem = {logits.const_data_ptr<float>(),
+                                    logits.stride(0),
+                                    Q,
+                                    K,
+                                    pixels,
+                                    weights.const_data_ptr<float>(),
+                                    labels ? nullptr : out.data_ptr<float>(),
+                                    labels ? out.data_ptr<int32_t>() : nullptr};
+  const PixelKernels kernels = choose_kernels();
+  share<float>((pixels + cpu::kClassPixels - 1) / cpu::kClassPixels, kClassTasks, kernels.class_scratch(problem),
+               [&](int64_t begin, int64_t end, float* scratch) { kernels.class_scores(problem, begin, end, scratch); });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inside_cpu(const at::Tensor& logits_) {
+  TORCH_CHECK_VALUE(logits_.dim() == 3 && logits_.scalar_type() == at::kFloat, "logits must be (N, R, W) float32, got ",
+                    logits_.sizes(), " ", logits_.scalar_type());
+  const at::Tensor logits = logits_.contiguous();
+  const int64_t N = logits.size(0), height = logits.size(1), width = logits.size(2);
+  const auto of_masks = logits.options().dtype(at::kByte);
+  at::Tensor masks = at::empty({N, height, width}, of_masks);
+  at::Tensor columns = at::empty({N, width}, of_masks), rows = at::empty({N, height}, of_masks);
+  at::Tensor areas = at::empty({N}, logits.options().dtype(at::kLong)), sums = at::empty({N}, logits.options());
+  const cpu::Inside problem = {logits.const_data_ptr<float>(), height,
+                               width,                          masks.data_ptr<uint8_t>(),
+                               columns.data_ptr<uint8_t>(),    rows.data_ptr<uint8_t>(),
+                               areas.data_ptr<int64_t>(),      sums.data_ptr<float>()};
+  const PixelKernels kernels = choose_kernels();
+  share<float>(N, 1 + kPixelsAtLeast / std::max<int64_t>(1, height * width), 0,
+               [&](int64_t begin, int64_t end, float*) { kernels.inside(problem, begin, end); });
+  return {masks.view(at::kBool), columns.view(at::kBool), rows.view(at::kBool), areas, sums};
 }
 
 }  // namespace mask2former

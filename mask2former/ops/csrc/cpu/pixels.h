@@ -21,6 +21,27 @@ struct Blend {
   float* out;  // (maps, rows.size, columns.size)
 };
 
+// Of each pixel, the sum over queries of its mask probability times the query's class probabilities, for each class.
+struct ClassScores {
+  const float* logits;  // (Q, pixels), `step` numbers apart
+  int64_t step, Q, K, pixels;
+  const float* probability;  // (K, Q), and rows of zeros up to whole `kClassRows`
+  float* scores;             // (K, pixels), or null
+  int32_t* labels;           // (pixels): the first class with the largest score, as of `largest`; or null
+};
+
+constexpr int64_t kClassRows = 6;
+constexpr int64_t kClassPixels = 64;  // a task; fewer at the end
+
+// Binary masks where logits are positive, and what is known of them.
+struct Inside {
+  const float* logits;  // (N, height, width)
+  int64_t height, width;
+  uint8_t *masks, *columns, *rows;  // (N, height, width); (N, width) and (N, height): where the mask has pixels
+  int64_t* areas;                   // (N)
+  float* sums;                      // (N), of the probabilities inside
+};
+
 struct PixelKernels {
   int64_t (*blend_scratch)(const Blend& problem);
   void (*blend)(const Blend& problem, int64_t begin, int64_t end, float* scratch);  // maps
@@ -28,6 +49,9 @@ struct PixelKernels {
   // it. Where one is no number, that and the last place.
   void (*largest)(const float* scores, int64_t count, int64_t step, int64_t begin, int64_t end, float* values,
                   int64_t* places);
+  int64_t (*class_scratch)(const ClassScores& problem);
+  void (*class_scores)(const ClassScores& problem, int64_t begin, int64_t end, float* scratch);
+  void (*inside)(const Inside& problem, int64_t begin, int64_t end);  // masks
 };
 
 #if defined(__x86_64__)

@@ -1,10 +1,8 @@
-// Products of float32 matrices with what follows them, on the vectors of kernel.h and points_kernel.h, which are included before.
+// Products of float32 matrices with what follows them, in the tiles of tile_kernel.h, which is included before.
 //
-// The innermost loop keeps kTileRows x kTileColumns sums in registers and reads kTileColumns weights, which lie side by
-// side, and one number of each row a step. The weights are packed for that: panels of kTileColumns rows of the matrix,
-// each panel cut into pieces of at most kDepth columns, which fit the first cache with the rows of a tile. Blocks of rows
-// are copied into scratch memory, which makes rows of any place dense and keeps them in the second cache. A row's sums
-// are added up in one order, wherever the row is.
+// The weights are packed: panels of kTileColumns rows of the matrix, each panel cut into pieces of at most kDepth columns,
+// which fit the first cache with the rows of a tile. Blocks of rows are copied into scratch memory, which makes rows of
+// any place dense and keeps them in the second cache. A row's sums are added up in one order, wherever the row is.
 
 #if defined(__clang__)
 #define MASK2FORMER_SHUFFLE_EIGHT(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -16,9 +14,6 @@ typedef int32_t Mask2formerShuffleEight __attribute__((vector_size(32)));
 namespace mask2former::cpu {
 namespace {
 
-using F = Vec<float>;
-constexpr int64_t kTileRows = 6;
-constexpr int64_t kTileColumns = 2 * kLanes;
 constexpr int64_t kDepth = 256;
 constexpr int64_t kBlockRows = 8 * kTileRows;
 constexpr int64_t kRowPad = 16;  // rows at steps of a power of two would share few sets of the cache
@@ -121,17 +116,7 @@ template <int R>
 inline void tile(const float* a, int64_t a_step, const float* b, int64_t depth, float* out, int64_t out_step,
                  bool starts, const After* after) {
   F sum[R][2];
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < 2; ++j) sum[i][j] = F{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const F left = load(b + k * kTileColumns), right = load(b + k * kTileColumns + kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-      const float x = a[i * a_step + k];
-      sum[i][0] += x * left;
-      sum[i][1] += x * right;
-    }
-  }
+  tile_sums<R>(a, a_step, b, depth, sum);
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < 2; ++j) {
       F total = sum[i][j];
