@@ -1,8 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in attention_kernel.h.
 #include "../attention.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -60,7 +58,7 @@ at::Tensor attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Ten
   check_shape("k", k, {B, S, C});
   check_shape("v", v, {B, S, C});
   check_heads(num_heads, C);
-  at::Tensor kept[4], out = at::empty({B, Q, C}, q.options());
+  at::Tensor kept[4], out = q.new_empty({B, Q, C});
   if (out.numel() == 0) return out;
   if (blocked.has_value()) {
     TORCH_CHECK_VALUE(blocked->scalar_type() == at::kBool && blocked->device().is_cpu() &&
@@ -102,10 +100,10 @@ at::Tensor window_attention_cpu(const at::Tensor& qkv, const std::optional<at::T
                     " and ", shift);
   check_shape("position_bias", position_bias, {num_heads, T, T});
   if (qkv_bias.has_value()) check_shape("qkv_bias", *qkv_bias, {3 * C});
-  at::Tensor out = at::empty({B, H, W, C}, qkv.options());
+  at::Tensor out = qkv.new_empty({B, H, W, C});
   if (out.numel() == 0) return out;
   const at::Tensor map = qkv.contiguous(), bias = position_bias.contiguous();
-  const at::Tensor padding = qkv_bias.has_value() ? qkv_bias->contiguous() : at::zeros({3 * C}, qkv.options());
+  const at::Tensor padding = qkv_bias.has_value() ? qkv_bias->contiguous() : qkv.new_zeros({3 * C});
   const AttentionKernels kernels = choose_kernels();
   const cpu::WindowAttention problem = {map.const_data_ptr<float>(),
                                         padding.const_data_ptr<float>(),

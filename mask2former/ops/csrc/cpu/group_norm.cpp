@@ -1,8 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in group_norm_kernel.h.
 #include "../group_norm.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -63,7 +61,7 @@ void group_norm_cpu_(at::Tensor& x, int64_t groups, const at::Tensor& weight_, c
                       "weight and bias must be (", C, ") float32, got ", part->sizes(), " ", part->scalar_type());
   if (coarse.has_value()) check_maps("coarse", *coarse, x);
   const at::Tensor weight = weight_.contiguous(), bias = bias_.contiguous();
-  const at::Tensor affine = at::empty({2, B, C}, x.options().memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor affine = x.new_empty({2, B, C});
   float *numbers = x.data_ptr<float>(), *scale = affine.data_ptr<float>(), *shift = scale + B * C;
   const int64_t size = C / groups;
   for (int64_t b = 0; b < B; ++b) {

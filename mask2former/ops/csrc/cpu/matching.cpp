@@ -1,7 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in matching_kernel.h.
 #include "matching.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -53,7 +52,7 @@ void check_image(const at::Tensor& embeddings, const at::Tensor& features, const
 at::Tensor read_features(const MatchingKernels& kernels, const at::Tensor& features, const at::Tensor& points) {
   const int64_t C = features.size(0), height = features.size(1), width = features.size(2), count = points.size(0);
   const int64_t tile = kernels.tile_points(), tiles = (count + tile - 1) / tile;
-  at::Tensor panels = at::empty({tiles, C, tile}, features.options());
+  at::Tensor panels = features.new_empty({tiles, C, tile});
   float* output = panels.data_ptr<float>();
   const float *maps = features.const_data_ptr<float>(), *where = points.const_data_ptr<float>();
   share<float>(C, 1, kernels.map_floats(height, width), [&](int64_t begin, int64_t end, float* scratch) {
@@ -69,7 +68,7 @@ at::Tensor read_masks(const MatchingKernels& kernels, const at::Tensor& masks, c
                       at::IntArrayRef canvas, float* sums) {
   const int64_t N = masks.size(0), height = masks.size(1), width = masks.size(2), count = points.size(0);
   const int64_t tile = kernels.tile_points(), tiles = (count + tile - 1) / tile;
-  at::Tensor panels = at::empty({tiles, N, tile}, points.options());
+  at::Tensor panels = points.new_empty({tiles, N, tile});
   float* output = panels.data_ptr<float>();
   const uint8_t* first = static_cast<const uint8_t*>(masks.const_data_ptr());
   const float* where = points.const_data_ptr<float>();
@@ -92,9 +91,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pair_sums
   const at::Tensor embeddings = embeddings_.contiguous(), features = features_.contiguous();
   const at::Tensor points = points_.contiguous(), masks = masks_.contiguous();
   const int64_t R = embeddings.size(0), C = embeddings.size(1), N = masks.size(0), count = points.size(0);
-  const auto options = embeddings.options();
-  at::Tensor softplus = at::empty({R}, options), predicted = at::empty({R}, options), wanted = at::empty({N}, options);
-  at::Tensor inner = at::empty({R, N}, options), overlap = at::empty({R, N}, options);
+  at::Tensor softplus = embeddings.new_empty({R}), predicted = embeddings.new_empty({R});
+  at::Tensor wanted = embeddings.new_empty({N});
+  at::Tensor inner = embeddings.new_empty({R, N}), overlap = embeddings.new_empty({R, N});
   const MatchingKernels kernels = choose_kernels();
   const at::Tensor at_points = read_features(kernels, features, points);
   const at::Tensor targets = read_masks(kernels, masks, points, canvas, wanted.data_ptr<float>());

@@ -2,9 +2,6 @@
 #include "../ms_deform_attn.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <cstring>
@@ -88,7 +85,7 @@ at::Tensor forward_cpu(const at::Tensor& value_, at::IntArrayRef shapes, const a
                        const at::Tensor& scores_, bool fused) {
   const Sizes n = check_inputs(value_, shapes, points_, scores_, fused);
   const at::Tensor value = by_head(value_), points = points_.contiguous(), scores = scores_.contiguous();
-  at::Tensor output = at::empty({n.B, n.Q, n.M * n.D}, value.options());
+  at::Tensor output = value.new_empty({n.B, n.Q, n.M * n.D});
   if (output.numel() == 0) return output;
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, value.scalar_type(), "ms_deform_attn_forward", [&] {
     using T = typename Stored<scalar_t>::type;
@@ -112,10 +109,10 @@ Gradients backward_cpu(const at::Tensor& grad_output_, const at::Tensor& value_,
                     grad_output_.scalar_type());
   const at::Tensor value = by_head(value_), points = points_.contiguous(), scores = scores_.contiguous();
   const at::Tensor grad_output = grad_output_.contiguous();
-  at::Tensor grad_value = at::zeros(value.sizes(), points.options());  // bfloat16 is summed in float32
-  at::Tensor grad_points = at::empty_like(points), grad_scores = at::empty_like(scores);
+  at::Tensor grad_value = points.new_zeros(value.sizes());  // bfloat16 is summed in float32
+  at::Tensor grad_points = points.new_empty(points.sizes()), grad_scores = scores.new_empty(scores.sizes());
   if (grad_output.numel() == 0) {
-    return {at::zeros(value_.sizes(), value_.options()), grad_points.zero_(), grad_scores.zero_()};
+    return {value_.new_zeros(value_.sizes()), grad_points.zero_(), grad_scores.zero_()};
   }
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, value.scalar_type(), "ms_deform_attn_backward", [&] {
     using T = typename Stored<scalar_t>::type;

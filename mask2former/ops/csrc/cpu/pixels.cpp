@@ -1,8 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in pixels_kernel.h.
 #include "../pixels.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -73,7 +71,7 @@ at::Tensor blend_cpu(const at::Tensor& maps, at::TensorList columns, at::TensorL
                     maps.sizes(), " ", maps.scalar_type());
   const at::Tensor source = maps.stride(2) == 1 ? maps : maps.contiguous();
   const Places across("columns", columns, maps.size(2), width), down("rows", rows, maps.size(1), maps.size(1));
-  at::Tensor out = at::empty({maps.size(0), down.axis.size, across.axis.size}, maps.options());
+  at::Tensor out = maps.new_empty({maps.size(0), down.axis.size, across.axis.size});
   if (out.numel() == 0) return out;
   const cpu::Blend problem = {source.const_data_ptr<float>(), source.stride(0), source.stride(1),   maps.size(1),
                               maps.size(2),                   down.axis,        across.axis, out.data_ptr<float>()};
@@ -89,8 +87,8 @@ std::tuple<at::Tensor, at::Tensor> largest_cpu(const at::Tensor& scores_) {
                     "scores must be (N, P) float32 with N at least 1, got ", scores_.sizes(), " ",
                     scores_.scalar_type());
   const at::Tensor scores = scores_.stride(1) == 1 ? scores_ : scores_.contiguous();
-  at::Tensor values = at::empty({scores.size(1)}, scores.options());
-  at::Tensor places = at::empty({scores.size(1)}, scores.options().dtype(at::kLong));
+  at::Tensor values = scores.new_empty({scores.size(1)});
+  at::Tensor places = scores.new_empty({scores.size(1)}, at::kLong);
   const PixelKernels kernels = choose_kernels();
   const float* from = scores.const_data_ptr<float>();
   float* value = values.data_ptr<float>();
@@ -111,10 +109,9 @@ at::Tensor class_scores_cpu(const at::Tensor& logits_, const at::Tensor& probabi
                     "column, got ", logits_.sizes(), " and ", probability.sizes());
   const at::Tensor logits = logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
   const int64_t rows = (K + cpu::kClassRows - 1) / cpu::kClassRows * cpu::kClassRows;
-  const at::Tensor weights = at::zeros({rows, Q}, logits.options());
+  const at::Tensor weights = logits.new_zeros({rows, Q});
   weights.narrow(0, 0, K).copy_(probability.t());
-  at::Tensor out = labels ? at::empty({pixels}, logits.options().dtype(at::kInt))
-                          : at::empty({K, pixels}, logits.options());
+  at::Tensor out = labels ? logits.new_empty({pixels}, at::kInt) : logits.new_empty({K, pixels});
   const cpu::ClassScores problem = {logits.const_data_ptr<float>(),
                                     logits.stride(0),
                                     Q,
@@ -134,10 +131,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> inside_cp
                     logits_.sizes(), " ", logits_.scalar_type());
   const at::Tensor logits = logits_.contiguous();
   const int64_t N = logits.size(0), height = logits.size(1), width = logits.size(2);
-  const auto of_masks = logits.options().dtype(at::kByte);
-  at::Tensor masks = at::empty({N, height, width}, of_masks);
-  at::Tensor columns = at::empty({N, width}, of_masks), rows = at::empty({N, height}, of_masks);
-  at::Tensor areas = at::empty({N}, logits.options().dtype(at::kLong)), sums = at::empty({N}, logits.options());
+  at::Tensor masks = logits.new_empty({N, height, width}, at::kByte);
+  at::Tensor columns = logits.new_empty({N, width}, at::kByte);
+  at::Tensor rows = logits.new_empty({N, height}, at::kByte);
+  at::Tensor areas = logits.new_empty({N}, at::kLong), sums = logits.new_empty({N});
   const cpu::Inside problem = {logits.const_data_ptr<float>(), height,
                                width,                          masks.data_ptr<uint8_t>(),
                                columns.data_ptr<uint8_t>(),    rows.data_ptr<uint8_t>(),

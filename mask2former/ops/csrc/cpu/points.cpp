@@ -1,8 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in points_kernel.h.
 #include "../points.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <limits>
@@ -115,7 +113,7 @@ at::Tensor uncertain_points_cpu(const at::Tensor& mask_logits, const at::Tensor&
   const int64_t rows = maps.size(0), height = maps.size(1), width = maps.size(2), number = from.size(1);
   TORCH_CHECK_VALUE(count >= 0 && count <= number, "count must be from 0 to the number of candidates ", number,
                     ", got ", count);
-  at::Tensor output = at::empty({rows, count, 2}, from.options());
+  at::Tensor output = from.new_empty({rows, count, 2});
   if (output.numel() == 0) return output;
   const PointKernels kernels = choose_kernels();
   const float *map = maps.const_data_ptr<float>(), *points = from.const_data_ptr<float>();
@@ -137,7 +135,7 @@ at::Tensor drawn_points_cpu(const at::Tensor& mask_logits, int64_t seed, int64_t
                     " and ", others);
   const at::Tensor maps = mask_logits.contiguous();
   const int64_t rows = maps.size(0), height = maps.size(1), width = maps.size(2), count = uncertain + others;
-  at::Tensor output = at::empty({rows, count, 2}, maps.options());
+  at::Tensor output = maps.new_empty({rows, count, 2});
   if (output.numel() == 0) return output;
   const PointKernels kernels = choose_kernels();
   const float* map = maps.const_data_ptr<float>();
@@ -159,9 +157,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mask_loss_sums_cpu(const at::Tens
                                                                   at::IntArrayRef canvas) {
   const Rows rows(mask_logits, points, masks, counts, index, canvas);
   const int64_t number = points.size(1);
-  at::Tensor sums = at::empty({rows.size(), cpu::kPointSums}, mask_logits.options());
-  at::Tensor probability = at::empty({rows.size(), number}, mask_logits.options());
-  at::Tensor target = at::empty_like(probability);
+  at::Tensor sums = mask_logits.new_empty({rows.size(), cpu::kPointSums});
+  at::Tensor probability = mask_logits.new_empty({rows.size(), number});
+  at::Tensor target = probability.new_empty(probability.sizes());
   const PointKernels kernels = choose_kernels();
   float *output = sums.data_ptr<float>(), *p = probability.data_ptr<float>(), *t = target.data_ptr<float>();
   for_rows(rows.size(), kernels.map_floats(rows.height(), rows.width()), [&](int64_t row, float* scratch) {
@@ -182,7 +180,7 @@ at::Tensor mask_loss_sums_backward_cpu(const at::Tensor& grad_sums, const at::Te
                     ", got ", grad_sums.sizes(), ", ", probability_.sizes(), " and ", target_.sizes());
   const at::Tensor gradients = grad_sums.contiguous(), probability = probability_.contiguous();
   const at::Tensor target = target_.contiguous(), points = points_.contiguous();
-  at::Tensor grad_logits = at::empty({rows, height, width}, points.options());
+  at::Tensor grad_logits = points.new_empty({rows, height, width});
   const PointKernels kernels = choose_kernels();
   const float *gradient = gradients.const_data_ptr<float>(), *p = probability.const_data_ptr<float>();
   const float *t = target.const_data_ptr<float>(), *where = points.const_data_ptr<float>();
@@ -200,8 +198,8 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_and_softplus_sum_cpu(const at::Tensor
                     logits_.scalar_type());
   const at::Tensor logits = logits_.contiguous();
   const int64_t count = logits.size(-1);
-  at::Tensor probability = at::empty_like(logits);
-  at::Tensor sums = at::empty(logits.sizes().slice(0, logits.dim() - 1), logits.options());
+  at::Tensor probability = logits.new_empty(logits.sizes());
+  at::Tensor sums = logits.new_empty(logits.sizes().slice(0, logits.dim() - 1));
   const PointKernels kernels = choose_kernels();
   const float* x = logits.const_data_ptr<float>();
   float *p = probability.data_ptr<float>(), *sum = sums.data_ptr<float>();

@@ -1,7 +1,6 @@
 // Tensors in, tensors out; the arithmetic is in products_kernel.h.
 #include "../products.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <vector>
@@ -115,7 +114,7 @@ const float* packed(const at::Tensor& weight) {
 at::Tensor output_for(const at::Tensor& x, int64_t N) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
-  return at::empty(shape, x.options());
+  return x.new_empty(shape);
 }
 
 // What becomes of the sums of N columns, in a tensor whose rows lie side by side.
@@ -225,7 +224,7 @@ at::Tensor convolution_cpu(const at::Tensor& x, const at::Tensor& weight, const 
     size[i] = room / stride[i] + 1;
   }
   const int64_t N = weight.size(0), K = weight.numel() / N, rows = x.size(0) * size[0] * size[1];
-  at::Tensor to = at::empty({x.size(0), N, size[0], size[1]}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor to = x.new_empty({x.size(0), size[0], size[1], N}).permute({0, 3, 1, 2});
   if (to.numel() == 0) return to;
   const at::Tensor maps = x.contiguous(at::MemoryFormat::ChannelsLast), dense = weight.contiguous().view({N, K});
   const Result result(to, N, at::MemoryFormat::ChannelsLast, scale, bias, residual, activation);
@@ -252,7 +251,7 @@ at::Tensor convolution3x3_cpu(const at::Tensor& x, const at::Tensor& weight, con
   const int64_t N = weight.size(0), K = weight.size(1);
   TORCH_CHECK_VALUE(N > 0 && K > 0 && N % kVectorFloats == 0 && K % kVectorFloats == 0,
                     "weight must have multiples of ", kVectorFloats, " channels, got ", weight.sizes());
-  at::Tensor to = at::empty({x.size(0), N, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor to = x.new_empty({x.size(0), x.size(2), x.size(3), N}).permute({0, 3, 1, 2});
   if (to.numel() == 0) return to;
   const at::Tensor maps = x.contiguous(at::MemoryFormat::ChannelsLast), dense = weight.contiguous();
   at::Tensor kept_scale, kept_bias;
