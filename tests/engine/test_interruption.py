@@ -46,9 +46,11 @@ def assert_equals(tiny, uninterrupted):
 @pytest.mark.parametrize(
     "death",
     [
-        "step:5",
         "write:2:1000000",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("write:2:0", "write:12:20000", "rename:1", "rename:12")),
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("step:5", "write:2:0", "write:12:20000", "rename:1", "rename:12")
+        ),
     ],
 )
 def test_death_at_a_chosen_moment(tiny, uninterrupted, death):
