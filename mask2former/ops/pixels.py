@@ -117,7 +117,9 @@ def class_scores(mask_logits: Tensor, probability: Tensor) -> Tensor:
 
 def class_scores_reference(mask_logits: Tensor, probability: Tensor) -> Tensor:
     """The same in plain PyTorch."""
-    return (probability.t() @ mask_logits.sigmoid_().flatten(1)).unflatten(1, mask_logits.shape[1:])
+    scores = mask_logits.new_empty(probability.shape[1], mask_logits.shape[1] * mask_logits.shape[2])
+    scores.addmm_(probability.t(), mask_logits.sigmoid_().flatten(1), beta=0)  # in place: autocast leaves it alone
+    return scores.unflatten(1, mask_logits.shape[1:])
 
 
 def class_labels(mask_logits: Tensor, probability: Tensor) -> Tensor:

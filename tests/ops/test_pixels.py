@@ -69,6 +69,8 @@ def test_class_scores(sizes: tuple[int, int, int, int]) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
     reference = pixels.class_scores_reference(logits.clone(), probability)
     torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):  # of the model, not of what follows it
+        assert torch.equal(pixels.class_scores_reference(logits.clone(), probability), reference)
 
 
 @pytest.mark.parametrize("sizes", CLASS_SIZES)
