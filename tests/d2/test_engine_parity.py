@@ -19,7 +19,6 @@ from mask2former.data import SegmentationMapper, catalog
 from mask2former.engine import defaults
 from mask2former.engine.config import get_config
 from mask2former.engine.trainer import Trainer
-from mask2former.modeling.structures import MaskTarget
 from tests.configs import FILES, TRANSLATIONS, flatten, name_of, value_of
 
 
@@ -170,7 +169,7 @@ def large_objects(monkeypatch):
     def mapped(self, record, rng):
         sample = whole(self, record, rng)
         keep = sample.target.masks.flatten(1).sum(1) >= 100
-        return sample._replace(target=MaskTarget(sample.target.labels[keep], sample.target.masks[keep]))
+        return sample._replace(target=sample.target._replace(objects=sample.target.objects[keep]))
 
     monkeypatch.setattr(SegmentationMapper, "__call__", mapped)
 
