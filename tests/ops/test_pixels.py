@@ -109,6 +109,16 @@ def test_inside(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(found.sums.double(), sums, rtol=1e-6, atol=0)
 
 
+def test_a_logit_that_is_not_a_number_is_not_inside_and_spoils_the_sum() -> None:
+    logits = torch.randn(3, 6, 21)
+    logits[0, 2, 3] = logits[2, 5, 20] = torch.nan
+    logits[2, :, :20] = -1  # nothing else inside
+    found, expected = pixels.inside(logits), pixels.inside_reference(logits.clone())
+    assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.areas, expected.areas)
+    assert found.sums.isnan().tolist() == expected.sums.isnan().tolist() == [True, False, True]
+
+
 def test_scores_of_other_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="logits must have as many rows as probability"):
         pixels.class_scores(torch.rand(3, 4, 5), torch.rand(2, 6))

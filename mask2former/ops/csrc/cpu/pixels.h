@@ -39,7 +39,7 @@ struct Inside {
   int64_t height, width;
   uint8_t *masks, *columns, *rows;  // (N, height, width); (N, width) and (N, height): where the mask has pixels
   int64_t* areas;                   // (N)
-  float* sums;                      // (N), of the probabilities inside
+  float* sums;                      // (N), of the probabilities inside; no number if a logit is none
 };
 
 struct PixelKernels {

@@ -38,12 +38,13 @@ void blend(const Blend& p, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
-// Of up to kPixels pixels, see `largest`.
+constexpr int64_t kFewPixels = 64;  // in registers and the first cache
+
+// Of up to kFewPixels pixels, see `largest`.
 template <typename Place>
 void largest_of_few(const float* scores, int64_t count, int64_t step, int64_t size, float* values, Place* places) {
-  constexpr int64_t kPixels = 64;  // in registers and the first cache
-  float best[kPixels];
-  int32_t place[kPixels] = {}, is_none[kPixels] = {};
+  float best[kFewPixels];
+  int32_t place[kFewPixels] = {}, is_none[kFewPixels] = {};
   std::memcpy(best, scores, size * sizeof(float));
   for (int64_t n = 0; n < count; ++n) {
     const float* row = scores + n * step;
@@ -62,9 +63,8 @@ void largest_of_few(const float* scores, int64_t count, int64_t step, int64_t si
 
 void largest(const float* scores, int64_t count, int64_t step, int64_t begin, int64_t end, float* values,
              int64_t* places) {
-  constexpr int64_t kPixels = 64;
-  for (int64_t at = begin; at < end; at += kPixels)
-    largest_of_few(scores + at, count, step, end - at < kPixels ? end - at : kPixels, values + at, places + at);
+  for (int64_t at = begin; at < end; at += kFewPixels)
+    largest_of_few(scores + at, count, step, end - at < kFewPixels ? end - at : kFewPixels, values + at, places + at);
 }
 
 // ---- class scores
@@ -92,7 +92,7 @@ inline void probabilities(const ClassScores& p, int64_t first, int64_t size, flo
 }
 
 void class_scores(const ClassScores& p, int64_t begin, int64_t end, float* scratch) {
-  static_assert(kClassRows == kTileRows && kClassPixels % kTileColumns == 0);
+  static_assert(kClassRows == kTileRows && kClassPixels % kTileColumns == 0 && kClassPixels <= kFewPixels);
   float* sums = scratch + kClassPixels * p.Q;  // (classes, kClassPixels)
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task * kClassPixels;
@@ -121,6 +121,7 @@ void inside(const Inside& p, int64_t begin, int64_t end) {
     std::memset(columns, 0, p.width);
     double sum = 0;
     int64_t area = 0;
+    int32_t is_none = 0;
     for (int64_t y = 0; y < p.height; ++y) {
       const float* logits = p.logits + (n * p.height + y) * p.width;
       uint8_t* mask = p.masks + (n * p.height + y) * p.width;
@@ -129,6 +130,7 @@ void inside(const Inside& p, int64_t begin, int64_t end) {
         mask[x] = logits[x] > 0.0f;
         columns[x] |= mask[x];
         in_row += mask[x];
+        is_none |= logits[x] != logits[x];
       }
       p.rows[n * p.height + y] = in_row > 0;
       area += in_row;
@@ -146,7 +148,7 @@ void inside(const Inside& p, int64_t begin, int64_t end) {
       sum += sum_lanes<float>(total);
     }
     p.areas[n] = area;
-    p.sums[n] = static_cast<float>(sum);
+    p.sums[n] = is_none ? __builtin_nanf("") : static_cast<float>(sum);
   }
 }
 
